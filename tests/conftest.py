@@ -1,0 +1,36 @@
+"""Profiles and fixtures shared by the whole suite.
+
+The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder.
+"""
+
+import os
+
+# Plots are drawn without a screen; set before anything imports matplotlib.
+os.environ.setdefault("MPLBACKEND", "Agg")
+# JAX on the CPU only, whatever else the machine has: these tests are about exchange of arrays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "quick",
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("quick")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed, so that a failing test fails again."""
+    return np.random.default_rng(20250310)
