@@ -1,0 +1,509 @@
+"""The FP-RNN layer: vector state, mixers that may see the hidden state, hand-derived gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fpnumba.arrays import room
+from fpnumba.nn import low_rank, recurrence
+from fpnumba.nn.activations import check, sigmoid, silu, silu_vjp
+from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
+from fpnumba.nn.mixer_maps import (
+    DenseMap,
+    FixedMap,
+    KroneckerMap,
+    LowRankMap,
+    MixerMap,
+    MixtureMap,
+    MonarchMap,
+    sigmoid_vjp,
+)
+from fpnumba.nn.recurrence import Bars, Cell, Solve
+from fpnumba.solve import Adjoint, Solution, Solver, report
+
+Array = NDArray[Any]
+State = dict[str, Array]
+
+MIXERS = ("householder", "dplr", "kronecker", "monarch", "dense", "fixed", "mixture")
+
+
+class FPRNN:
+    """A fixed-point RNN with vector state, arXiv 2503.10799; (F) of section 3 of docs/mathematics.md inside
+    a gated block.
+
+    ``[x; z] = W_in input``, with short convolutions one for each use of ``x``; then
+
+        b = silu(W_b x),  lam = sigmoid(W_lam x + bias),
+        h_t = lam_t h_{t-1} + (1 - lam_t) (Q_t b_t x_t + (I - Q_t) h_t),        Q_t made from x_t and h_{t-1},
+        c = silu(W_c [x_t; h_{t-1}]),  output = W_out RMSNorm(silu(z) c h).
+
+    Parameters
+    ----------
+    d_model : int
+        Width of input and output.
+    expand : int, default 2
+        The state has ``d_inner = expand * d_model`` channels.
+    d_inner : int, optional
+        Channels of the state, instead of ``expand``.
+    mixer : {"householder", "dplr", "kronecker", "monarch", "dense", "fixed", "mixture"}
+        The matrix ``Q_t``: section 2 of docs/mathematics.md. "mixture" is Householder and Kronecker in turn.
+    rank : int, default 1
+        Reflections of householder, rank of dplr, block size of monarch, number of mixers of mixture.
+    hidden : sequence of str, default ("mixer",)
+        What depends on the hidden state: ``("mixer",)`` or ``()``, section 4. A fixed mixer depends on
+        nothing.
+    symmetric : bool, default False
+        The mixer sees ``x_t + h_{t-1}`` rather than both side by side.
+    projection_rank : int, optional
+        Factor the mixer's largest linear map through this many numbers.
+    activation : str, default "silu"
+        Of the mixer's parameters: "silu", "relu" or "identity".
+    normalization : {"spectral", "rows"}
+        Of a Kronecker mixer: by rows only, or by the largest eigenvalue too.
+    short_conv : int, optional
+        Width of the short causal convolutions; None for none.
+    alpha_max : float, default 2.0
+        ``alpha = alpha_max * sigmoid(.)``: two reaches reflections (and negative eigenvalues, and divergent
+        iterations); one keeps the iteration a contraction. Scales the Kronecker product likewise.
+    norm_eps : float, default 1e-5
+        Of the norms, of the mixer's parameters as well.
+    weight_norm : bool, default True
+        Weight normalisation of the mixer's linear maps.
+    solver : Solver, optional
+        How the fixed point is found. By default a mixer that sees the hidden state is solved step after
+        step, which is exact and best for short sequences, and any other one by ``Solver()``.
+    adjoint : Adjoint, optional
+        How the gradient is found; exact by default.
+    n_backwards : int, default 0
+        Further applications of the map after the solve, through which the one-step gradient goes; the
+        published code has one. Parallel solves only. At 0 the one-step gradient goes through the last
+        application of the solve, so that with ``Solver("parallel", max_iter=1)`` the layer is a diagonal RNN
+        with its exact gradient.
+    train_mode : bool, default False
+        Only for ``Solver(criterion="published")``, whose training stops at ``quantile`` and ``max_iter``,
+        and whose evaluation waits for every sequence and up to 1000 iterations.
+
+    Notes
+    -----
+    Parameters carry the names of the published state dict, so that weights go both ways:
+    ``input_trans.weight``, ``mixer.u_proj.parametrizations.weight.original0`` (the magnitude of a normalised
+    weight; ``original1`` is its direction), ``conv1d_x.weight`` and so on.
+
+    Calls take ``record``, a list to which the layer appends the :class:`fpnumba.Solution` of its solve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fpnumba import nn
+    >>> layer = nn.FPRNN(8, mixer="householder")
+    >>> params = layer.init(np.random.default_rng(0))
+    >>> x, record = np.ones((2, 5, 8), np.float32), []
+    >>> y, pullback = layer.vjp(params, x, record=record)
+    >>> y.shape, record[0].converged.all()
+    ((2, 5, 8), np.True_)
+    >>> params_bar, x_bar = pullback(np.ones_like(y))
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        expand: int = 2,
+        d_inner: int | None = None,
+        mixer: str = "householder",
+        rank: int = 1,
+        hidden: Sequence[str] = ("mixer",),
+        symmetric: bool = False,
+        projection_rank: int | None = None,
+        activation: str = "silu",
+        normalization: str = "spectral",
+        short_conv: int | None = None,
+        alpha_max: float = 2.0,
+        norm_eps: float = 1e-5,
+        weight_norm: bool = True,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        n_backwards: int = 0,
+        train_mode: bool = False,
+    ) -> None:
+        if d_model < 1 or expand < 1:
+            raise ValueError(f"d_model and expand must be at least 1, not {d_model} and {expand}")
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer must be one of {', '.join(map(repr, MIXERS))}, not {mixer!r}")
+        if tuple(hidden) not in ((), ("mixer",)):
+            raise ValueError(f"hidden must be () or ('mixer',), not {hidden!r}")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, not {rank}")
+        if not 0 < alpha_max <= 2:
+            raise ValueError(f"alpha_max must lie in (0, 2], not {alpha_max}")
+        if n_backwards < 0:
+            raise ValueError(f"n_backwards must not be negative, not {n_backwards}")
+        if projection_rank is not None and projection_rank < 1:
+            raise ValueError(f"projection_rank must be at least 1, or None, not {projection_rank}")
+        self.d_model, self.d_inner = d_model, expand * d_model if d_inner is None else d_inner
+        self.mixer, self.rank, self.symmetric = mixer, rank, symmetric
+        self.hidden = () if mixer == "fixed" else tuple(hidden)
+        self.projection_rank, self.activation, self.normalization = (
+            projection_rank,
+            check(activation),
+            normalization,
+        )
+        self.short_conv, self.alpha_max, self.norm_eps = short_conv, float(alpha_max), float(norm_eps)
+        self.weight_norm, self.n_backwards, self.train_mode = weight_norm, n_backwards, train_mode
+        self.solver = Solver() if solver is None else solver
+        self.adjoint = Adjoint() if adjoint is None else adjoint
+        self.map = self._map()
+        if self.hidden:
+            recurrence.way(self.solver, self.map)
+        self.norm = RMSNorm(self.d_inner, eps=self.norm_eps)
+
+    def _map(self) -> MixerMap:
+        inputs = self.d_inner * (2 if self.hidden and not self.symmetric else 1)
+        shared: dict[str, Any] = {"activation": self.activation, "weight_norm": self.weight_norm}
+        shared["projection_rank"] = self.projection_rank
+        scaled = {**shared, "alpha_max": self.alpha_max}
+        eps = self.norm_eps
+        if self.mixer in ("householder", "dplr"):
+            return LowRankMap(self.mixer, self.d_inner, inputs, rank=self.rank, norm_eps=eps, **scaled)
+        if self.mixer == "kronecker":
+            return KroneckerMap(
+                self.d_inner, inputs, norm_eps=eps, normalization=self.normalization, **scaled
+            )
+        if self.mixer == "monarch":
+            return MonarchMap(self.d_inner, inputs, block=self.rank, norm_eps=eps, **shared)
+        if self.mixer == "dense":
+            return DenseMap(self.d_inner, inputs, norm_eps=eps, **shared)
+        if self.mixer == "fixed":
+            return FixedMap(self.d_inner)
+        children: list[MixerMap] = []
+        for i in range(self.rank):
+            # the published mixture leaves its parts their own defaults: eps, and no spectral normalisation
+            options = {**scaled, "norm_eps": 1e-5, "prefix": f"mixers.{i}."}
+            if i % 2 == 0:
+                children.append(LowRankMap("householder", self.d_inner, inputs, rank=1, **options))
+            else:
+                children.append(KroneckerMap(self.d_inner, inputs, normalization="rows", **options))
+        return MixtureMap(tuple(children), inputs, weight_norm=self.weight_norm)
+
+    # --- parameters ----------------------------------------------------------------------------------------
+
+    def init(self, rng: np.random.Generator, dtype: DTypeLike = np.float32) -> Params:
+        """Fresh parameters.
+
+        Linear maps are uniform; the biases of ``lam`` spread its half-lives between one step and a hundred.
+        """
+        d, inner = self.d_model, self.d_inner
+        params = {"input_trans.weight": uniform(rng, (2 * inner, d), d, dtype)}
+        params["lambda_proj.weight"] = uniform(rng, (inner, inner), inner, dtype)
+        rates = np.exp(rng.uniform(math.log(0.01), math.log(0.5), inner))
+        params["lambda_proj.bias"] = np.log((1 - rates) / rates).astype(dtype)
+        params["b_proj.weight"] = uniform(rng, (inner, inner), inner, dtype)
+        params["c_proj.weight"] = uniform(rng, (inner, 2 * inner), 2 * inner, dtype)
+        params |= under(self.map.init(rng, dtype), "mixer")
+        if self.short_conv is not None:
+            for name in ("x", "b", "mixer", "lambda"):
+                params |= under(ShortConv(inner, self.short_conv).init(rng, dtype), f"conv1d_{name}")
+            params |= under(ShortConv(2 * inner, self.short_conv).init(rng, dtype), "conv1d_c")
+        params["output_norm.weight"] = np.ones(inner, dtype)
+        params["output_trans.weight"] = uniform(rng, (d, inner), inner, dtype)
+        return params
+
+    # --- the call ------------------------------------------------------------------------------------------
+
+    def __call__(self, params: Params, x: Array, *, record: Record = None) -> Array:
+        """Evaluate the layer.
+
+        Parameters
+        ----------
+        params : dict of arrays
+            From :meth:`init`.
+        x : ndarray (..., T, d_model) of float32 or float64
+        record : list, optional
+            Receives the :class:`fpnumba.Solution`.
+
+        Returns
+        -------
+        ndarray (..., T, d_model)
+
+        Raises
+        ------
+        ValueError
+            If ``x`` has another width.
+        """
+        return self._forward(params, x, record, keep=False)[0]
+
+    def vjp(self, params: Params, x: Array, *, record: Record = None) -> tuple[Array, Pullback]:
+        """Evaluate the layer, and return the adjoint too.
+
+        Parameters
+        ----------
+        params, x, record
+            As for the call.
+
+        Returns
+        -------
+        y : ndarray (..., T, d_model)
+        pullback : function
+            ``pullback(y_bar) -> (params_bar, x_bar)``.
+        """
+        return self._forward(params, x, record, keep=True)
+
+    def _forward(self, params: Params, x: Array, record: Record, *, keep: bool) -> tuple[Array, Pullback]:
+        if x.ndim < 2 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must have shape (..., T, {self.d_model}), not {x.shape}")
+        lead, steps, inner = x.shape[:-2], x.shape[-2], self.d_inner
+        shape = (math.prod(lead), steps, inner)
+        flat = rows(x)
+        xz = flat @ params["input_trans.weight"].T
+        raw, z = np.ascontiguousarray(xz[:, :inner]).reshape(shape), np.ascontiguousarray(xz[:, inner:])
+
+        branches: dict[str, Array] = {}
+        pullbacks: dict[str, Pullback] = {}
+        for name in ("x", "b", "mixer", "lambda"):
+            branches[name] = raw
+            if self.short_conv is not None:
+                conv = ShortConv(inner, self.short_conv)
+                branches[name], pullbacks[name] = conv.vjp(part(params, f"conv1d_{name}"), raw)
+        x_in = branches["x"]
+        b_inner = (rows(branches["b"]) @ params["b_proj.weight"].T).reshape(shape)
+        b = silu(b_inner)
+        lam_inner = (rows(branches["lambda"]) @ params["lambda_proj.weight"].T).reshape(shape)
+        lam = sigmoid(lam_inner + params["lambda_proj.bias"])
+
+        cell = self._cell(params, branches["mixer"], lam, b * x_in, np.zeros((shape[0], inner), x.dtype))
+        found = self._solve(cell, record, lead, keep=keep)
+        h = found.h
+
+        w_c = params["c_proj.weight"]
+        if self.short_conv is not None:
+            conv_c = part(params, "conv1d_c")
+            both = {"weight": conv_c["weight"], "bias": conv_c["bias"]}
+            first, second = (
+                {n: a[s] for n, a in both.items()} for s in (slice(0, inner), slice(inner, None))
+            )
+            conv = ShortConv(inner, self.short_conv)
+            seen_x, pull_cx = conv.vjp(first, x_in)
+            seen_h, pull_ch = conv.vjp(second, h)
+        else:
+            seen_x, seen_h = x_in, cell.before(h)
+        c_inner = (rows(seen_x) @ w_c[:, :inner].T + rows(seen_h) @ w_c[:, inner:].T).reshape(shape)
+        c = silu(c_inner)
+        y = rows(c * h)
+        gate = silu(z)
+        normed, pull_norm = self.norm.vjp({"weight": params["output_norm.weight"]}, gate * y)
+        out = (normed @ params["output_trans.weight"].T).reshape(*lead, steps, self.d_model)
+
+        def pullback(out_bar: Array) -> tuple[Params, Array]:
+            grads: Params = {}
+            out_flat = rows(out_bar)
+            grads["output_trans.weight"] = out_flat.T @ normed
+            norm_grads, gated_bar = pull_norm(out_flat @ params["output_trans.weight"])
+            grads["output_norm.weight"] = norm_grads["weight"]
+            z_bar = silu_vjp(z, gated_bar * y)
+            y_bar = (gated_bar * gate).reshape(shape)
+            c_bar = rows(silu_vjp(c_inner, y_bar * h))
+            grads["c_proj.weight"] = np.concatenate([c_bar.T @ rows(seen_x), c_bar.T @ rows(seen_h)], axis=1)
+            seen_x_bar = (c_bar @ w_c[:, :inner]).reshape(shape)
+            seen_h_bar = (c_bar @ w_c[:, inner:]).reshape(shape)
+            h_bar = y_bar * c
+            if self.short_conv is not None:
+                grads_x, x_in_bar = pull_cx(seen_x_bar)
+                grads_h, more = pull_ch(seen_h_bar)
+                h_bar += more
+                grads |= {f"conv1d_c.{n}": np.concatenate([grads_x[n], grads_h[n]]) for n in grads_x}
+            else:
+                x_in_bar = seen_x_bar
+                h_bar[:, :-1] += seen_h_bar[:, 1:]
+
+            bars = self._pull(cell, found, h_bar)
+            x_in_bar = x_in_bar + bars.v * b
+            b_bar = rows(silu_vjp(b_inner, bars.v * x_in))
+            lam_bar = rows(sigmoid_vjp(lam, bars.lam))
+            grads["b_proj.weight"] = b_bar.T @ rows(branches["b"])
+            grads["lambda_proj.weight"] = lam_bar.T @ rows(branches["lambda"])
+            grads["lambda_proj.bias"] = lam_bar.sum(0)
+            branch_bars = {
+                "x": x_in_bar,
+                "b": (b_bar @ params["b_proj.weight"]).reshape(shape),
+                "lambda": (lam_bar @ params["lambda_proj.weight"]).reshape(shape),
+            }
+            mixer_grads, branch_bars["mixer"] = self._cell_vjp(params, branches["mixer"], cell, bars)
+            grads |= under(mixer_grads, "mixer")
+            raw_bar = np.zeros(shape, x.dtype)
+            for name, bar in branch_bars.items():
+                if self.short_conv is not None:
+                    conv_grads, bar = pullbacks[name](bar)
+                    grads |= under(conv_grads, f"conv1d_{name}")
+                raw_bar += bar
+            xz_bar = np.concatenate([rows(raw_bar), z_bar], axis=1)
+            grads["input_trans.weight"] = xz_bar.T @ flat
+            return grads, (xz_bar @ params["input_trans.weight"]).reshape(x.shape)
+
+        return out, pullback
+
+    # --- the recurrence ------------------------------------------------------------------------------------
+
+    def _cell(self, params: Params, x_mixer: Array, lam: Array, v: Array, initial: Array) -> Cell:
+        mixer_params = part(params, "mixer")
+        weights = self.map.stack.weights(mixer_params, v.dtype)
+        if isinstance(self.map, FixedMap):
+            empty = np.zeros((*v.shape[:2], 0), v.dtype)
+            fixed = ("fixed", (self.map.matrix(mixer_params),))
+            return Cell(self.map, weights, empty, None, lam, v, initial, fixed)
+        width = self.d_inner
+        base = rows(x_mixer) @ weights.first[:, :width].T + weights.bias
+        feedback = np.ascontiguousarray(weights.first[:, -width:]) if self.hidden else None
+        return Cell(self.map, weights, base.reshape(*v.shape[:2], base.shape[1]), feedback, lam, v, initial)
+
+    def _cell_vjp(self, params: Params, x_mixer: Array, cell: Cell, bars: Bars) -> tuple[Params, Array]:
+        mixer_params = part(params, "mixer")
+        if isinstance(self.map, FixedMap):
+            q_bar = np.zeros_like(cell.fixed[1][0]) if bars.fixed is None else bars.fixed  # type: ignore[index]
+            return self.map.matrix_vjp(mixer_params, q_bar), np.zeros_like(x_mixer)
+        width, base_bar, total = self.d_inner, rows(bars.base), bars.seconds
+        total.first[:, :width] += base_bar.T @ rows(x_mixer)
+        if bars.feedback is not None:
+            total.first[:, -width:] += bars.feedback
+        total.bias += base_bar.sum(0)
+        x_bar = (base_bar @ cell.weights.first[:, :width]).reshape(x_mixer.shape)
+        return self.map.stack.weights_vjp(mixer_params, total), x_bar
+
+    def _way(self) -> str:
+        if self.hidden:
+            return recurrence.way(self.solver, self.map)
+        low_rank = self.rank if self.mixer in ("householder", "dplr") else None
+        return self.solver.way(low_rank)
+
+    def _solver(self) -> Solver:
+        """The solver of this mode."""
+        if self.solver.criterion == "published" and not self.train_mode:
+            return replace(self.solver, quantile=1.0, max_iter=1000)
+        return self.solver
+
+    def _solve(self, cell: Cell, record: Record, lead: tuple[int, ...], *, keep: bool) -> Solve:
+        solver, way = self._solver(), self._way()
+        if way == "parallel":
+            found = recurrence.solve_parallel(cell, solver, further=self.n_backwards)
+        elif not self.hidden:
+            found = recurrence.solve_given(cell, solver, way)
+        elif way == "chunked":
+            found = recurrence.solve_chunked(cell, solver)
+        else:
+            found = self._sequential(cell, keep=keep)
+        if record is not None or solver.on_failure != "ignore":
+            solution = lead_axes(found.solution, lead)
+            if record is not None:
+                record.append(solution)
+            report("FPRNN", solution, solver.on_failure, quantile=solver.quantile)
+        return found
+
+    def _sequential(self, cell: Cell, *, keep: bool) -> Solve:
+        if isinstance(self.map, LowRankMap) and room().name == "cpu":
+            return low_rank.solve(cell, self.map, keep=keep)
+        return recurrence.solve_sequential(cell, self._solver(), keep=keep)
+
+    def _pull(self, cell: Cell, found: Solve, h_bar: Array) -> Bars:
+        adjoint = self.adjoint
+        if adjoint.method == "one-step":
+            return recurrence.pull_chain(cell, found, h_bar)
+        if adjoint.method == "neumann":
+            return recurrence.pull_neumann(cell, found.h, h_bar, adjoint.terms or 0)
+        if found.steps and isinstance(found.steps[0], low_rank.Kept) and isinstance(self.map, LowRankMap):
+            bars, solution = low_rank.pull(cell, self.map, found, h_bar)
+        elif self.hidden:
+            bars, solution = recurrence.pull_sequential(cell, found, h_bar, adjoint, self.solver)
+        else:
+            bars, solution = recurrence.pull_given(cell, found, h_bar, adjoint, self.solver)
+        report("adjoint of FPRNN", solution, adjoint.on_failure)
+        return bars
+
+    # --- one step at a time --------------------------------------------------------------------------------
+
+    def initial_state(self, batch: tuple[int, ...] = (), dtype: DTypeLike = np.float32) -> State:
+        """The state before the first step.
+
+        Parameters
+        ----------
+        batch : tuple of int
+            Leading axes.
+        dtype : dtype
+
+        Returns
+        -------
+        dict of arrays
+            ``h (*batch, d_inner)``, and the windows of the short convolutions.
+        """
+        state = {"h": np.zeros((*batch, self.d_inner), dtype)}
+        if self.short_conv is not None:
+            conv = ShortConv(self.d_inner, self.short_conv)
+            state |= {name: conv.initial_state(batch, dtype) for name in ("raw", "seen_x", "seen_h")}
+        return state
+
+    def step(self, params: Params, x: Array, state: State) -> tuple[Array, State]:
+        """One step of decoding, at a cost that does not grow.
+
+        Equal to the call over a whole sequence to the tolerance of the solver.
+
+        Parameters
+        ----------
+        params : dict of arrays
+        x : ndarray (..., d_model)
+        state : dict of arrays
+            From :meth:`initial_state` or the step before.
+
+        Returns
+        -------
+        y : ndarray (..., d_model)
+        state : dict of arrays
+        """
+        lead, inner = x.shape[:-1], self.d_inner
+        xz = x @ params["input_trans.weight"].T
+        raw, z = xz[..., :inner], xz[..., inner:]
+        branches, after = dict.fromkeys(("x", "b", "mixer", "lambda"), raw), {}
+        if self.short_conv is not None:
+            conv = ShortConv(inner, self.short_conv)
+            for name in branches:
+                branches[name], after["raw"] = conv.step(part(params, f"conv1d_{name}"), raw, state["raw"])
+        b = silu(branches["b"] @ params["b_proj.weight"].T)
+        lam = sigmoid(branches["lambda"] @ params["lambda_proj.weight"].T + params["lambda_proj.bias"])
+
+        def one(array: Array) -> Array:
+            return np.ascontiguousarray(array).reshape(-1, 1, inner)
+
+        before = np.ascontiguousarray(state["h"]).reshape(-1, inner)
+        cell = self._cell(params, one(branches["mixer"]), one(lam), one(b * branches["x"]), before)
+        found = self._sequential(cell, keep=False)
+        report("FPRNN.step", lead_axes(found.solution, lead), self.solver.on_failure)
+        h = found.h.reshape(*lead, inner)
+
+        if self.short_conv is not None:
+            conv_c = part(params, "conv1d_c")
+            first, second = (
+                {n: a[s] for n, a in conv_c.items()} for s in (slice(0, inner), slice(inner, None))
+            )
+            seen_x, after["seen_x"] = conv.step(first, branches["x"], state["seen_x"])
+            seen_h, after["seen_h"] = conv.step(second, h, state["seen_h"])
+        else:
+            seen_x, seen_h = branches["x"], state["h"]
+        c = silu(np.concatenate([seen_x, seen_h], axis=-1) @ params["c_proj.weight"].T)
+        normed = self.norm({"weight": params["output_norm.weight"]}, silu(z) * (c * h))
+        return normed @ params["output_trans.weight"].T, {"h": h, **after}
+
+
+def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:
+    """The same solution in the shape of the caller's leading axes."""
+    return replace(
+        solution,
+        value=solution.value.reshape(*lead, *solution.value.shape[1:]),
+        status=solution.status.reshape(lead),
+        iterations=solution.iterations.reshape(lead),
+        residual=solution.residual.reshape(lead),
+        chunk_iterations=solution.chunk_iterations.reshape(*lead, solution.chunk_iterations.shape[-1]),
+        history=None if solution.history is None else solution.history.reshape(len(solution.history), *lead),
+    )

@@ -1,0 +1,135 @@
+"""Weights of the published implementation of Fixed-Point RNNs, brought over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fpnumba.nn.basic import Array, Params
+from fpnumba.nn.fprnn import FPRNN
+from fpnumba.nn.mixer_maps import FixedMap
+from fpnumba.solve import Adjoint, Solver
+
+MIXERS = {
+    "householderproduct": "householder",
+    "dplr": "dplr",
+    "kronecker": "kronecker",
+    "monarch": "monarch",
+    "selectivedense": "dense",
+    "nonselective": "fixed",
+    "mixture": "mixture",
+}
+BASE = "mixer.q_proj.parametrizations.weight.0.base"
+
+
+def from_official(config: Mapping[str, Any], state: Mapping[str, Array]) -> tuple[FPRNN, Params]:
+    """Make a layer of the published implementation's weights that behaves as it does.
+
+    Parameters
+    ----------
+    config : mapping
+        ``cls`` ("FPRNN"), ``d_model``, ``train`` (default False), ``config``, the constructor's arguments by
+        their published names, and ``optimizer``, the settings of its fixed-point loop, where they differ
+        from its defaults.
+    state : mapping of str to ndarray
+        The state dict. Floating point of one dtype, which the layer then computes in.
+
+    Returns
+    -------
+    layer : FPRNN
+        Solves in parallel by the published rule, makes the further applications that the published code
+        differentiates, and has its one-step gradient. Set ``layer.solver`` and ``layer.adjoint`` for other
+        ways to the same fixed point.
+    params : dict of arrays
+        The parameters, under their published names.
+
+    Raises
+    ------
+    ValueError
+        For a class or an option that the published code does not have, or parameters that are missing, left
+        over, or of another shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fpnumba import nn
+    >>> config = {"cls": "FPRNN", "d_model": 4, "config": {"mixer_type": "dplr", "mixer_rank": 2}}
+    >>> state = nn.FPRNN(4, mixer="dplr", rank=2).init(np.random.default_rng(0), np.float64)
+    >>> layer, params = nn.from_official(config, state)
+    >>> layer(params, np.ones((1, 3, 4))).shape
+    (1, 3, 4)
+    """
+    name = config.get("cls", "FPRNN")
+    if name != "FPRNN":
+        raise ValueError(f"config names the class {name!r}; this version brings over 'FPRNN'")
+    if "d_model" not in config:
+        raise ValueError("config must hold 'd_model'")
+    options = dict(config.get("config", {}))
+    layer = FPRNN(int(config["d_model"]), **_options(options))
+    layer.train_mode = bool(config.get("train", False))
+    layer.solver = _solver(options, dict(config.get("optimizer", {})))
+    # torch.compile wraps a module and so puts a word into the names below it
+    params = {key.replace("_orig_mod.", ""): np.array(value) for key, value in state.items()}
+    base = params.pop(BASE, None)
+    if isinstance(layer.map, FixedMap):
+        layer.map.base = base
+    _check(layer, params)
+    return layer, params
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of :class:`FPRNN` from the published ones."""
+    kind = str(options.get("mixer_type", "householderproduct")).lower()
+    if kind not in MIXERS:
+        raise ValueError(f"mixer_type must be one of {', '.join(map(repr, MIXERS))}, not {kind!r}")
+    if not options.get("conv_bias", True):
+        raise ValueError("conv_bias=False is not supported: set the biases to zero instead")
+    rank = options.get("mixer_proj_rank")
+    return {
+        "expand": int(options.get("expand", 2)),
+        "d_inner": 256 if kind == "selectivedense" else None,
+        "mixer": MIXERS[kind],
+        "rank": int(options.get("mixer_rank", 1)),
+        "hidden": ("mixer",) if options.get("mixer_h_dep", True) else (),
+        "symmetric": bool(options.get("symm_mixer", False)),
+        "projection_rank": None if rank is None or int(rank) == -1 else int(rank),
+        "activation": str(options.get("mixer_ac", "silu")).lower(),
+        "short_conv": int(options.get("d_conv", 4)) if options.get("use_short_conv", False) else None,
+        "norm_eps": float(options.get("norm_eps", 1e-5)),
+        "adjoint": Adjoint("one-step"),
+        "n_backwards": int(options.get("n_backwards", 1)),
+    }
+
+
+def _solver(options: dict[str, Any], optimizer: dict[str, Any]) -> Solver:
+    """The published loop. Its count of iterations is part of the model, so it is silent about not
+    converging."""
+    threshold = optimizer.get("thresh", options.get("convergence_threshold", 0.1))
+    return Solver(
+        "parallel",
+        criterion="published",
+        rtol=max(float(threshold), 0.0),
+        max_iter=max(int(optimizer.get("max_iter", options.get("max_iter", 1000))), 1),
+        quantile=1.0 - float(optimizer.get("outlier_quantile", 0.1)),
+        damping=float(optimizer.get("stepsize", 1.0)),
+        damping_decay=float(optimizer.get("stepsize_decay", 1.0)),
+        damping_patience=int(optimizer.get("decay_patience", 15)),
+        on_failure="ignore",
+    )
+
+
+def _check(layer: FPRNN, params: Params) -> None:
+    wanted = {name: value.shape for name, value in layer.init(np.random.default_rng(0)).items()}
+    missing, extra = sorted(wanted.keys() - params.keys()), sorted(params.keys() - wanted.keys())
+    if missing:
+        raise ValueError(f"state lacks {', '.join(missing)}")
+    if extra:
+        raise ValueError(f"state has {', '.join(extra)}, which this configuration does not use")
+    for name, shape in wanted.items():
+        if params[name].shape != shape:
+            raise ValueError(f"state: {name} has shape {params[name].shape}, expected {shape}")
+    dtypes = sorted({str(value.dtype) for value in params.values()})
+    if dtypes not in (["float32"], ["float64"]):
+        raise ValueError(f"state must be float32 or float64 throughout, not {', '.join(dtypes)}")

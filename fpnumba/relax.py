@@ -1,0 +1,180 @@
+"""The iteration in hand: what every policy of `fpnumba.solve.Solver` does; section 7 of docs/mathematics.md.
+
+A room iterates fastest on its own. When the whole batch has a say in when to stop, when step sizes change, or
+when iterates are extrapolated, the loop is this one, over any function that makes one iteration.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpnumba.arrays import Float
+from fpnumba.outcome import Solved, Status
+from fpnumba.solve import Solver
+
+# The published optimiser gives up on a batch once every step size is below this.
+SMALLEST_DAMPING = 1e-3
+
+
+def relax(
+    step: Callable[[Float], Float], start: Float, solver: Solver, finite_inputs: Callable[[int], bool]
+) -> tuple[Solved, NDArray[np.float64]]:
+    """Iterate ``h <- (1 - d) h + d step(h)`` over a whole batch, under every policy of `Solver`.
+
+    Parameters
+    ----------
+    step : callable
+        One iteration of all sequences, which must not depend on each other: (B, T, D) to (B, T, D).
+    start : ndarray (B, T, D)
+    solver : Solver
+        Its method, chunk and `on_failure` are not looked at.
+    finite_inputs : callable
+        Whether the inputs of sequence ``b`` are finite; asked only about a sequence that turned non-finite.
+
+    Returns
+    -------
+    Solved
+    history : ndarray (iterations, B)
+        Residuals.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fpnumba.relax import relax
+    >>> from fpnumba.solve import Solver
+    >>> solved, history = relax(lambda h: 0.5 * h + 1, np.zeros((1, 1, 1)), Solver(rtol=1e-3), lambda b: True)
+    >>> solved.iterations, history.shape
+    (array([10]), (10, 1))
+    """
+    published = solver.criterion == "published"
+    h, count = start, start.shape[0]
+    damping = np.full(count, float(solver.damping))
+    patience = np.full(count, solver.damping_patience)
+    lowest, residual = np.full(count, np.inf), np.zeros(count)
+    met, alive = np.zeros(count, bool), np.ones(count, bool)
+    iterations = np.zeros(count, np.int64)
+    history: list[NDArray[np.float64]] = []
+    accelerate = _Anderson(h, solver.memory) if solver.acceleration else None
+    # What has met the tolerance rests, so that no sequence is moved by the length of another's iteration. The
+    # published rule moves the batch together.
+    moving = alive.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        while moving.any() and len(history) < solver.max_iter:
+            new = step(h)
+            change = new - h
+            proposal = h + _column(damping) * change
+            current, now_met = _measure(proposal, new, change, solver)
+            iterations[moving] += 1
+            residual = np.where(moving, current, residual)
+            history.append(residual.copy())
+            alive = alive & np.isfinite(residual)
+            better = residual < lowest
+            if accelerate is not None:
+                harmful = ~(residual <= _Anderson.TOLERATED * lowest)
+                proposal = accelerate(h, change, proposal, damping, forget=harmful | ~alive, rest=now_met)
+            h = np.where(_column(moving), proposal, h)
+            lowest = np.where(better, residual, lowest)
+            patience = np.where(better, solver.damping_patience, patience - 1)
+            tired = patience == 0
+            patience = np.where(tired, solver.damping_patience, patience)
+            damping = np.where(tired & moving, damping * solver.damping_decay, damping)
+            if published:
+                met = alive & (lowest < solver.rtol)
+                moving = np.full(count, not _batch_done(lowest, damping, alive, solver))
+            else:
+                met = met | (now_met & moving)
+                enough = math.ceil((solver.quantile or 1.0) * int(alive.sum()) - 1e-9)
+                moving = alive & ~met & (int((met & alive).sum()) < enough)
+    status = np.where(met, Status.CONVERGED, Status.MAX_ITER).astype(np.int8)
+    for b in np.flatnonzero(~alive):
+        status[b] = Status.DIVERGED if finite_inputs(int(b)) else Status.NONFINITE_INPUT
+    trace = np.array(history).reshape(len(history), count)
+    return Solved(h, iterations, residual, status, iterations[:, None].copy()), trace
+
+
+def _measure(
+    h: Float, new: Float, change: Float, solver: Solver
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Residual of each sequence, and whether it meets the tolerance; section 7."""
+    if solver.criterion == "published":
+        by_step = _largest(change, -1) / (_largest(new, -1) + 1e-8)
+        residual = by_step.max(axis=-1, initial=0.0).astype(np.float64)
+        return residual, residual < solver.rtol
+    largest = _largest(change, (-2, -1)).astype(np.float64)
+    size = _largest(h, (-2, -1)).astype(np.float64)
+    floor = 4 * float(np.finfo(h.dtype).eps) * size
+    met = largest <= np.maximum(solver.atol + solver.rtol * size, floor)
+    return largest / np.maximum(size, float(np.finfo(h.dtype).tiny)), met
+
+
+def _batch_done(
+    lowest: NDArray[np.float64], damping: NDArray[np.float64], alive: NDArray[np.bool_], solver: Solver
+) -> bool:
+    """The published rule for a batch; sequences that are not finite have no say."""
+    if not alive.any():
+        return True
+    level = float(np.quantile(lowest[alive], solver.quantile if solver.quantile is not None else 1.0))
+    return level < solver.rtol or float(damping[alive].max()) < SMALLEST_DAMPING
+
+
+def _largest(values: Float, axis: int | tuple[int, ...]) -> Float:
+    return np.abs(values).max(axis=axis, initial=0.0)  # type: ignore[no-any-return]
+
+
+def _column(values: NDArray[Any]) -> NDArray[Any]:
+    return values[:, None, None]
+
+
+class _Anderson:
+    """Anderson acceleration (type II) of each sequence on its own.
+
+    From the last changes ``g`` of the iterate, the combination of them that would have been smallest: ``h + d
+    g - (dH + d dG)^T gamma`` with ``gamma = argmin |g - dG^T gamma|``, by regularised normal equations.
+    """
+
+    # A residual this much above the lowest so far says that the past misleads: it is forgotten.
+    TOLERATED = 10.0
+
+    def __init__(self, h: Float, memory: int) -> None:
+        count, size = h.shape[0], math.prod(h.shape[1:])
+        self._dh = np.zeros((count, memory, size), h.dtype)
+        self._dg = np.zeros((count, memory, size), h.dtype)
+        self._last: tuple[Float, Float] | None = None
+        self._slot = 0
+
+    def __call__(
+        self,
+        h: Float,
+        g: Float,
+        plain: Float,
+        damping: NDArray[np.float64],
+        *,
+        forget: NDArray[np.bool_],
+        rest: NDArray[np.bool_],
+    ) -> Float:
+        """The next iterate; `plain`, the damped step, for a sequence with nothing to go by or one at rest."""
+        flat_h, flat_g = h.reshape(len(h), -1), g.reshape(len(g), -1)
+        if self._last is not None:
+            self._dh[:, self._slot] = flat_h - self._last[0]
+            self._dg[:, self._slot] = flat_g - self._last[1]
+            self._slot = (self._slot + 1) % self._dh.shape[1]
+        self._dh[forget], self._dg[forget] = 0.0, 0.0
+        self._last = flat_h, flat_g
+        gram = np.matmul(self._dg, self._dg.swapaxes(-1, -2)).astype(np.float64)
+        against = np.matmul(self._dg, flat_g[..., None]).astype(np.float64)
+        usable = (
+            ~forget & ~rest & np.isfinite(gram).all(axis=(-1, -2)) & np.isfinite(against).all(axis=(-1, -2))
+        )
+        trace = np.trace(gram, axis1=-2, axis2=-1)
+        usable &= trace > 0
+        eye = np.eye(gram.shape[-1])
+        ridge = 10 * float(np.finfo(h.dtype).eps) * np.where(usable, trace, 1.0)
+        gram = np.where(usable[:, None, None], gram + ridge[:, None, None] * eye, eye)
+        gamma = np.linalg.solve(gram, np.where(usable[:, None, None], against, 0.0)).astype(h.dtype)
+        correction = self._dh + damping.astype(h.dtype)[:, None, None] * self._dg
+        accelerated = plain - np.matmul(gamma.swapaxes(-1, -2), correction).reshape(h.shape)
+        usable &= np.isfinite(accelerated).all(axis=(-1, -2))
+        return np.where(_column(usable), accelerated, plain)

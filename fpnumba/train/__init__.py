@@ -1,0 +1,34 @@
+"""Training, small but real: configuration, loop, checkpoints, evaluation, pictures."""
+
+from fpnumba.train.build import build_model, initial_params, load_run
+from fpnumba.train.checkpoint import Checkpoint, CheckpointError
+from fpnumba.train.config import PRESETS, Config, ConfigError, preset
+from fpnumba.train.evaluation import CUTS, baseline_of, evaluate, table
+from fpnumba.train.extras import MissingExtra, need_all
+from fpnumba.train.folder import Folder, RunError
+from fpnumba.train.loop import Outcome, TrainingError, run
+from fpnumba.train.pictures import plot
+
+__all__ = [
+    "CUTS",
+    "PRESETS",
+    "Checkpoint",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Folder",
+    "MissingExtra",
+    "Outcome",
+    "RunError",
+    "TrainingError",
+    "baseline_of",
+    "build_model",
+    "evaluate",
+    "initial_params",
+    "load_run",
+    "need_all",
+    "plot",
+    "preset",
+    "run",
+    "table",
+]

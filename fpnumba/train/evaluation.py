@@ -1,0 +1,184 @@
+"""Judging a trained network: token accuracy and iterations at several lengths, beside its baseline."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpnumba import nn
+from fpnumba.tasks import WordProblem
+from fpnumba.train.build import build_model, load_run, stream, with_solver
+from fpnumba.train.checkpoint import Arrays, write_atomically
+from fpnumba.train.config import Config, ConfigError
+from fpnumba.train.folder import Folder, versions
+
+FORMAT = "fpnumba-evaluation"
+VERSION = 1
+CUTS = (1, 2, 4, 8)
+# Tokens that pass through the network at a time.
+_TOKENS = 16384
+
+
+def summary_of(record: Sequence[Any]) -> dict[str, Any]:
+    """Iterations and failures of the fixed-point layers of one pass, over layers and sequences."""
+    if not record:
+        return {}
+    iterations = np.concatenate([np.ravel(np.asarray(solution.iterations)) for solution in record])
+    converged = np.concatenate([np.ravel(np.asarray(solution.converged)) for solution in record])
+    if not iterations.size:
+        return {}
+    return {
+        "iterations": float(iterations.mean()),
+        "iterations_max": int(iterations.max()),
+        "unconverged": float(1 - converged.mean()),
+    }
+
+
+def judge(
+    model: nn.Model, params: Arrays, task: WordProblem, config: Config, length: int, batch: int | None = None
+) -> dict[str, Any]:
+    """Score a network on fresh sequences of one length; the same sequences for the same seed and length.
+
+    Returns
+    -------
+    dict
+        ``length``, ``accuracy`` over all tokens, ``last_accuracy`` over the last token of each sequence,
+        ``loss``, and of the fixed-point layers ``iterations`` (mean), ``iterations_max`` and ``unconverged``
+        (share of sequences).
+    """
+    batch = config.eval_batch if batch is None else batch
+    tokens, targets = task.sample(stream(config.seed, "evaluation", length), batch, length)
+    record: list[Any] = []
+    size = max(1, _TOKENS // length)
+    parts = [model(params, tokens[start : start + size], record=record) for start in range(0, batch, size)]
+    logits = np.concatenate(parts)
+    right = logits.argmax(axis=-1) == targets
+    return {
+        "length": length,
+        "accuracy": float(right.mean()),
+        "last_accuracy": float(right[:, -1].mean()),
+        "loss": float(nn.cross_entropy(logits, targets)),
+        **summary_of(record),
+    }
+
+
+def evaluate(
+    run: Path | str,
+    *,
+    lengths: Sequence[int] | None = None,
+    cuts: Sequence[int] = CUTS,
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """Judge a run and its baseline, and write the judgement beside them.
+
+    Parameters
+    ----------
+    run : path
+        Folder of the run.
+    lengths : sequence of int, optional
+        The configuration's ``eval_lengths`` if left out.
+    cuts : sequence of int
+        The trained network is also judged with its iteration cut off after so many steps.
+    batch : int, optional
+        Sequences at each length; the configuration's ``eval_batch`` if left out.
+
+    Returns
+    -------
+    dict
+        What is written to ``evaluation.json`` (or ``evaluation-2.json`` and so on): ``networks`` is a list of
+        ``{name, kind, iterations, results}`` with one result per length (see :func:`judge`).
+
+    Raises
+    ------
+    RunError, CheckpointError
+        If the folder holds no run, or one that cannot be read.
+    ConfigError
+        If a length, a cut or the batch is not positive.
+    """
+    for name, values in (
+        ("lengths", lengths or ()),
+        ("iterations", cuts),
+        ("batch", () if batch is None else (batch,)),
+    ):
+        for value in values:
+            if value < 1:
+                raise ConfigError(f"{name}: {value} is not positive")
+    folder = Folder(run)
+    config, task, model, saved = load_run(folder)
+    lengths = sorted(set(config.eval_lengths if lengths is None else lengths))
+
+    def judged(
+        name: str, kind: str, network: nn.Model, params: Arrays, cut: int | None = None
+    ) -> dict[str, Any]:
+        results = [judge(network, params, task, config, length, batch) for length in lengths]
+        return {"name": name, "kind": kind, "iterations": cut, "results": results}
+
+    networks = [judged("fixed point", "network", model, saved.params)]
+    if folder.baseline.holds_run():
+        _, _, held, theirs = load_run(folder.baseline)
+        networks.append(judged("held to one iteration", "baseline", held, theirs.params, 1))
+    for cut in sorted(set(cuts)):
+        name = f"cut to {cut} iteration{'s' if cut > 1 else ''}"
+        networks.append(judged(name, "cut", build_model(config, **truncated(cut)), saved.params, cut))
+    judgement = {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": config.task,
+        "seed": config.seed,
+        "step": saved.step,
+        "trained_length": config.length,
+        "batch": config.eval_batch if batch is None else batch,
+        "classes": task.vocab_out,
+        "made_with": versions(),
+        "networks": networks,
+    }
+    data = (json.dumps(judgement, indent=2) + "\n").encode()
+    write_atomically(folder.fresh("evaluation", ".json"), data)
+    return judgement
+
+
+def truncated(iterations: int) -> dict[str, Any]:
+    """Options of a solver that stops after so many parallel iterations: part of the model, not a failure."""
+    return {"method": "parallel", "max_iter": iterations, "on_failure": "ignore"}
+
+
+def baseline_of(config: Config) -> Config:
+    """The same network, trained in the same way, held to one iteration: a diagonal RNN.
+
+    Its gradient is exact as well: one application of the iteration, differentiated.
+    """
+    layer = with_solver(config.model.get("layer", {}), truncated(1))
+    layer["adjoint"] = {"method": "one-step"}
+    return config.replace(model={**config.model, "layer": layer}, baseline=False, target_accuracy=None)
+
+
+def table(judgement: dict[str, Any]) -> str:
+    """The judgement as an aligned text table."""
+    networks = judgement["networks"]
+    lengths = [result["length"] for result in networks[0]["results"]]
+    title = "token accuracy at length"
+    first = max(len(title), *(len(network["name"]) + 2 for network in networks)) + 1
+
+    def row(name: str, cells: list[str]) -> str:
+        return name.ljust(first) + "".join(cell.rjust(8) for cell in cells)
+
+    lines = [
+        f"{judgement['task']}: trained for {judgement['step']} steps at length {judgement['trained_length']},"
+        f" judged on {judgement['batch']} new sequences of each length",
+        "",
+        row(title, [str(length) for length in lengths]),
+    ]
+    for network in networks:
+        results = network["results"]
+        indent = "  " if network["kind"] == "cut" else ""
+        lines.append(row(indent + network["name"], [f"{result['accuracy']:.3f}" for result in results]))
+        if network["kind"] != "network":
+            continue
+        lines.append(row("  its last token alone", [f"{result['last_accuracy']:.3f}" for result in results]))
+        if "iterations" in results[0]:
+            lines.append(row("  iterations, mean", [f"{result['iterations']:.1f}" for result in results]))
+            lines.append(row("  iterations, most", [str(result["iterations_max"]) for result in results]))
+    lines.append(row("guessing", [f"{1 / judgement['classes']:.3f}"] * len(lengths)))
+    return "\n".join(lines)

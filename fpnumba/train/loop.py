@@ -1,0 +1,242 @@
+"""The training loop: sample, solve, differentiate, update; log, evaluate, checkpoint; stop cleanly."""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from fpnumba import nn, tasks
+from fpnumba.train import checkpoint as checkpoints
+from fpnumba.train.build import build_model, build_optimizer, initial_params, load_checkpoint, stream
+from fpnumba.train.checkpoint import Arrays, Checkpoint
+from fpnumba.train.config import Config
+from fpnumba.train.evaluation import judge, summary_of
+from fpnumba.train.extras import need
+from fpnumba.train.folder import Folder
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and why. The last checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of :func:`run` ended.
+
+    Attributes
+    ----------
+    step : int
+        Updates made in all, those of earlier calls included.
+    reason : {"steps", "target", "minutes", "interrupted"}
+    accuracy : float or None
+        Token accuracy of the last evaluation at the training length.
+    seconds : float
+        Time spent in all, that of earlier calls included.
+    """
+
+    step: int
+    reason: str
+    accuracy: float | None
+    seconds: float
+
+
+class Interrupt:
+    """Makes the first Ctrl-C or SIGTERM a flag that the loop reads between steps; the second one kills."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        # Only the main thread may set handlers; elsewhere the caller's own rules stay.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def run(
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    stop: int | None = None,
+    minutes: float | None = None,
+    quiet: bool = False,
+    label: str = "",
+) -> Outcome:
+    """Train a network, or go on training one.
+
+    Parameters
+    ----------
+    config : Config
+        What to train. With `resume`, it has to be the run's own.
+    out : path
+        Folder of the run (:mod:`fpnumba.train.folder`). Without `resume` it must not exist or be empty.
+    resume : bool
+        Go on from the checkpoint in `out`. Parameters, optimiser state and metrics become, bitwise, what they
+        would have been without the pause (on the same machine, versions and number of threads).
+    stop : int, optional
+        Stop at this step instead of ``config.steps``.
+    minutes : float, optional
+        Stop after that much time in this call.
+    quiet : bool
+        No progress on standard error.
+    label : str
+        What the progress is labelled with.
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    RunError, CheckpointError
+        If `out` already holds something, or, with `resume`, holds nothing that can be continued.
+    TrainingError
+        If the loss is no finite number.
+    """
+    folder = Folder(out)
+    last = config.steps if stop is None else min(stop, config.steps)
+    task, model, optimizer = tasks.get(config.task), build_model(config), build_optimizer(config)
+    params = initial_params(config, model)
+    state = optimizer.init(params)
+    before = Outcome(0, "interrupted", None, 0.0)
+    if resume:
+        saved = load_checkpoint(folder, config, params, state)
+        params, state = saved.params, saved.optimizer
+        before = Outcome(saved.step, saved.extra["reason"], saved.extra["accuracy"], saved.extra["seconds"])
+        if before.reason == "target":
+            return before
+        if before.step >= last:
+            return replace(before, reason="steps")
+        folder.forget_metrics_after(saved.step)
+    started = time.perf_counter()
+    step, accuracy, reason = before.step, before.accuracy, "steps"
+
+    def save(why: str) -> Outcome:
+        outcome = Outcome(step, why, accuracy, before.seconds + time.perf_counter() - started)
+        extra = {"reason": why, "accuracy": accuracy, "seconds": outcome.seconds}
+        rng = {"derived_from": "seed and step", "seed": config.seed, "step": step}
+        state_of_run = Checkpoint(params, state, step, config.to_dict(), rng, extra)
+        checkpoints.save(folder.checkpoint_file, state_of_run)
+        return outcome
+
+    if not resume:
+        folder.create(config)
+        save("interrupted")  # whatever happens from here on, there is something to go on from
+    if not quiet:
+        count = sum(value.size for value in params.values())
+        said = f"{count:,} parameters, steps {step} to {last} of {config.batch} sequences of length {config.length}"
+        print(f"{label or config.task}: {said}, in {folder.path}", file=sys.stderr, flush=True)
+
+    with (
+        Interrupt() as interrupt,
+        _Progress(before.step, last, quiet=quiet, label=label) as progress,
+        open(folder.metrics_file, "a", encoding="utf-8") as metrics,
+    ):
+        while step < last:
+            length = config.length_at(step)
+            tokens, targets = task.sample(stream(config.seed, "data", step), config.batch, length)
+            row, params, state = update(model, optimizer, params, state, tokens, targets)
+            step += 1
+            if not math.isfinite(row["loss"]):
+                raise TrainingError(
+                    f"the loss at step {step} is {row['loss']}; a smaller learning_rate may help"
+                )
+            seconds = before.seconds + time.perf_counter() - started
+            row = {"step": step, "kind": "train", "length": length, **row, "seconds": round(seconds, 3)}
+            progress.step(row)
+            if step % config.log_every == 0 or step == last:
+                _write(metrics, row)
+            if step % config.eval_every == 0 or step == last:
+                judged = judge(model, params, task, config, config.length)
+                accuracy = judged["accuracy"]
+                _write(metrics, {"step": step, "kind": "evaluation", **judged})
+                progress.evaluation(step, judged)
+                if config.target_accuracy is not None and accuracy >= config.target_accuracy:
+                    reason = "target"
+                    break
+            if interrupt.raised:
+                reason = "interrupted"
+                break
+            if minutes is not None and time.perf_counter() - started >= 60 * minutes:
+                reason = "minutes"
+                break
+            if step % config.checkpoint_every == 0 and step < last:
+                save("interrupted")
+    return save(reason)
+
+
+def update(
+    model: Any, optimizer: Any, params: Arrays, state: Arrays, tokens: Any, targets: Any
+) -> tuple[dict[str, Any], Arrays, Arrays]:
+    """One step of training: loss and what was seen on the way, new parameters, new optimiser state."""
+    record: list[Any] = []
+    logits, pullback = model.vjp(params, tokens, record=record)
+    loss, logits_bar = nn.cross_entropy_vjp(logits, targets)
+    grads, _ = pullback(logits_bar)
+    params, state = optimizer.update(params, grads, state)
+    row = {"loss": float(loss), "accuracy": float(nn.accuracy(logits, targets)), **summary_of(record)}
+    return row, params, state
+
+
+def _write(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+class _Progress:
+    """A bar on a terminal; a line per evaluation anywhere else; nothing when quiet."""
+
+    def __init__(self, step: int, last: int, *, quiet: bool, label: str) -> None:
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._label = label
+        self._bar = need("tqdm").tqdm(
+            desc=label or None,
+            total=last,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def step(self, row: dict[str, Any]) -> None:
+        shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.3f}"}
+        if "iterations" in row:
+            shown["iterations"] = f"{row['iterations']:.1f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def evaluation(self, step: int, judged: dict[str, Any]) -> None:
+        if self._lines:
+            said = f"step {step}: token accuracy {judged['accuracy']:.4f} at length {judged['length']}"
+            print(f"{self._label}: {said}" if self._label else said, file=sys.stderr, flush=True)

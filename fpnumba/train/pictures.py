@@ -1,0 +1,192 @@
+"""Pictures of a run: accuracy and iterations against length, and how the loss fell."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fpnumba.train.evaluation import FORMAT
+from fpnumba.train.extras import need
+from fpnumba.train.folder import Folder, RunError
+
+# Okabe and Ito's palette: told apart by all common kinds of colour vision, and in print.
+NETWORK, BASELINE, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+STYLE: dict[str, Any] = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.labelsize": 11,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "font.family": "DejaVu Sans",
+    "lines.linewidth": 2.2,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "svg.hashsalt": "fpnumba",
+}
+
+
+def plot(run: Path | str, *, out: Path | str | None = None) -> list[Path]:
+    """Draw ``accuracy`` and ``loss``, each as PNG and SVG.
+
+    Parameters
+    ----------
+    run : path
+        Folder of a run that has been evaluated.
+    out : path, optional
+        Folder for the pictures; the run itself if left out. Pictures of an earlier call are drawn anew.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    RunError
+        If the folder holds no run, or no evaluation.
+    """
+    folder = Folder(run)
+    folder.config()
+    newest = folder.newest_evaluation()
+    if newest is None:
+        raise RunError(f"run: {folder.path} has not been evaluated; fpnumba evaluate {folder.path} does that")
+    try:
+        judgement = json.loads(newest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"run: {newest} cannot be read ({error})") from None
+    if not isinstance(judgement, dict) or judgement.get("format") != FORMAT:
+        raise RunError(f"run: {newest} is no evaluation of an fpnumba run")
+    target = folder.path if out is None else Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+
+    matplotlib = need("matplotlib")
+    backends = need("matplotlib.backends.backend_agg")
+    figures = need("matplotlib.figure")
+    written = []
+    # Figures of our own rather than pyplot's: no state of the caller's session is touched.
+    with matplotlib.rc_context(
+        {**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}
+    ):
+        for name, draw, size in (
+            ("accuracy", lambda figure: draw_accuracy(figure, judgement), (10.5, 4.6)),
+            ("loss", lambda figure: draw_loss(figure, folder), (7.0, 4.2)),
+        ):
+            figure = figures.Figure(figsize=size, layout="constrained")
+            backends.FigureCanvasAgg(figure)
+            draw(figure)
+            for suffix in (".png", ".svg"):
+                path = target / f"{name}{suffix}"
+                # Without a date, the same numbers give the same file.
+                figure.savefig(path, dpi=160, metadata={"Date": None} if suffix == ".svg" else None)
+                written.append(path)
+    return written
+
+
+def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
+    """Two panels: token accuracy against length, and iterations against length."""
+    left, right = figure.subplots(1, 2)
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for network in judgement["networks"]:
+        by_kind.setdefault(network["kind"], []).append(network)
+    (network,) = by_kind["network"]
+    lengths = [result["length"] for result in network["results"]]
+    trained = judgement["trained_length"]
+    task = str(judgement["task"])
+
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("sequence length")
+        axes.axvspan(lengths[0] / 2, trained, color="#f3f3f3", zorder=0, linewidth=0)
+        axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
+    left.set_title(f"Tracking {task.upper()}: token accuracy")
+    left.set_ylim(-0.03, 1.06)
+    left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    _series(left, network, "accuracy", NETWORK, "o", "fixed-point RNN")
+    for baseline in by_kind.get("baseline", []):
+        _series(left, baseline, "accuracy", BASELINE, "s", "the same network,\nheld to one iteration")
+    chance = 1 / judgement["classes"]
+    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)))
+    left.annotate(
+        "guessing",
+        (lengths[-1], chance),
+        (0, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=GREY,
+        fontsize=9,
+    )
+    left.annotate(
+        "trained here",
+        (trained, 0.02),
+        (-6, 0),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=GREY,
+        fontsize=9,
+    )
+    left.legend(loc="center right", fontsize=10)
+
+    right.set_title("Iterations to the fixed point")
+    right.set_ylim(bottom=0)
+    if "iterations" in network["results"][0]:
+        _series(right, network, "iterations", NETWORK, "o", "mean over sequences")
+        _series(right, network, "iterations_max", NETWORK, "^", "most of any sequence", dashed=True)
+        right.legend(loc="upper left", fontsize=10)
+
+
+def draw_loss(figure: Any, folder: Folder) -> None:
+    """Loss against step, the network and its baseline."""
+    axes = figure.subplots()
+    axes.set_title("Training loss")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    runs = [(folder, NETWORK, "fixed-point RNN"), (folder.baseline, BASELINE, "held to one iteration")]
+    for one, color, label in runs:
+        rows = [row for row in one.metrics() if row.get("kind") == "train"]
+        if rows:
+            axes.plot(
+                [r["step"] for r in rows], [r["loss"] for r in rows], color=color, label=label, linewidth=1.6
+            )
+    axes.set_xlim(left=0)
+    axes.legend(loc="best", fontsize=10)
+
+
+def _series(
+    axes: Any,
+    network: dict[str, Any],
+    what: str,
+    color: str,
+    marker: str,
+    label: str,
+    *,
+    dashed: bool = False,
+) -> None:
+    results = [result for result in network["results"] if what in result]
+    axes.plot(
+        [result["length"] for result in results],
+        [result[what] for result in results],
+        color=color,
+        marker=marker,
+        markeredgecolor="white",
+        markeredgewidth=1.0,
+        linestyle=(0, (4, 2)) if dashed else "-",
+        label=label,
+        clip_on=False,
+        zorder=3,
+    )
