@@ -65,7 +65,7 @@ def relax(
         while moving.any() and len(history) < solver.max_iter:
             new = step(h)
             change = new - h
-            proposal = h + _column(damping) * change
+            proposal = h + _column(damping.astype(h.dtype)) * change
             current, now_met = _measure(proposal, new, change, solver)
             iterations[moving] += 1
             residual = np.where(moving, current, residual)

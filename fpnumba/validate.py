@@ -213,7 +213,7 @@ class _Reference:
 def _judge(row: Row, shape: Shape, case: Case, reference: _Reference) -> None:
     """Try one case and let the row remember the closest call."""
     row.shapes += 1
-    if row.failure:
+    if row.failure or np.isnan(row.ratio):
         return
     truth = reference.truth(shape, case, row.dtype)
     usual = reference.errors(shape, case, row.dtype)
@@ -230,7 +230,8 @@ def _judge(row: Row, shape: Shape, case: Case, reference: _Reference) -> None:
             continue
         error = _deviation(ours, true)
         bound = 2 * plain + SLACK * eps + rtol * case.tolerance
-        if not error / bound <= row.ratio or not row.bound:
+        # A NaN is larger than anything, and stays.
+        if not (error / bound <= row.ratio or np.isnan(row.ratio)) or not row.bound:
             row.error, row.bound, row.worst = error, bound, list(shape)
 
 

@@ -320,10 +320,10 @@ def test_counts_are_in_the_order_of_time() -> None:
 
 def test_damping_mixes_a_step_with_what_it_came_from() -> None:
     p = problem(5, "monarch")
-    undamped = forward(p, p.h, max_iter=1).value
-    np.testing.assert_allclose(
-        forward(p, p.h, max_iter=1, damping=0.25).value, 0.75 * p.h + 0.25 * undamped, rtol=1e-14, atol=1e-15
-    )
+    undamped, damped = forward(p, p.h, max_iter=1).value, forward(p, p.h, max_iter=1, damping=0.25)
+    np.testing.assert_allclose(damped.value, 0.75 * p.h + 0.25 * undamped, rtol=1e-14, atol=1e-15)
+    change = np.abs(undamped - p.h).max(axis=(1, 2)) / np.abs(damped.value).max(axis=(1, 2))
+    np.testing.assert_allclose(damped.residual, change, rtol=1e-14, err_msg="the change is told undamped")
     for run in RUNS:
         slow, quick = run(p, damping=0.5, **TIGHT), run(p, **TIGHT)
         assert_close(slow.value, quick.value, 1e-12)
@@ -442,6 +442,22 @@ def test_direct_says_that_a_step_is_nearly_singular(kind: str, rank: int, off: f
     assert bool(h.residual <= 1e-9) == (status == CONVERGED)  # NaN where there is no answer
     if off == 0:
         assert np.isnan(h.value).any()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.9, 1 - 1e-6, -3.0])
+def test_the_condition_of_a_single_reflection(alpha: float) -> None:
+    ones = np.ones((1, 1, 2))
+    h = solve(
+        "dplr",
+        (ones[:, :, None] / 2**0.5, alpha * ones[..., :1]),
+        ones,
+        ones,
+        ones,
+        None,
+        None,
+        method="direct",
+    )
+    np.testing.assert_allclose(h.residual, 2.0**-52 * (1 + abs(alpha)) / abs(1 - alpha), rtol=1e-8)
 
 
 def test_the_dense_oracle_agrees_with_a_negative_eigenvalue() -> None:

@@ -1,42 +1,12 @@
 """The CPU room: Numba kernels, over threads in sequences, channel blocks or segments of time.
 
-It has the doors of the reference room in the same files. Arrays are C-contiguous, ``(B, T, D)``, float32 or float64, all of
+It has the doors of the reference room in the same files: ``scan``, ``mixers`` and ``solve``. Arrays are C-contiguous, ``(B, T, D)``, float32 or float64, all of
 one dtype; nothing is compiled before the first call, and what is compiled is kept on disk.
 """
 
 from typing import Any
 
-from fpnumba.cpu.mixers import apply, apply_transpose, contraction_bound, cotangent, to_dense
-from fpnumba.cpu.scan import linear_scan, linear_scan_vjp, selective_scan, selective_scan_vjp
-from fpnumba.cpu.solve import (
-    Solved,
-    default_chunk,
-    iterate,
-    iterate_adjoint,
-    rnn_cotangents,
-    solve,
-    solve_adjoint,
-)
-
-__all__ = [
-    "Solved",
-    "apply",
-    "apply_transpose",
-    "contraction_bound",
-    "cotangent",
-    "default_chunk",
-    "info",
-    "iterate",
-    "iterate_adjoint",
-    "linear_scan",
-    "linear_scan_vjp",
-    "rnn_cotangents",
-    "selective_scan",
-    "selective_scan_vjp",
-    "solve",
-    "solve_adjoint",
-    "to_dense",
-]
+__all__ = ["info"]
 
 
 def info() -> dict[str, Any]:

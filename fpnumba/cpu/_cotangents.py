@@ -5,13 +5,13 @@ Memory traffic: ``lam``, ``x``, ``h``, ``s`` and the parameters read once, all c
 
 import numpy as np
 
-from fpnumba.cpu._jit import kernel, stream_end, stream_row
+from fpnumba.cpu._jit import entry, stream_end, stream_row
 from fpnumba.cpu._kinds import BLOCK, mix, pull
 
 
-@kernel
+@entry
 def rnn_pull(
-    first, last, p, bar, lam, gate, gated, x, initial, h, s, lam_bar, gate_bar, x_bar, work_size, segments
+    first, last, p, bar, lam, gate, gated, x, initial, h, s, lam_bar, gate_bar, x_bar, block, work_size, segments
 ):  # fmt: skip
     """Tasks are sequences times segments of time."""
     _, steps, dim = x.shape
@@ -22,8 +22,8 @@ def rnn_pull(
     for task in range(first, last):
         b, j = task // segments, task % segments
         end = steps * (j + 1) // segments
-        for t in range(steps * j // segments, end, BLOCK):
-            n = min(BLOCK, end - t)
+        for t in range(steps * j // segments, end, block):
+            n = min(block, end - t)
             for k in range(n):
                 for i in range(dim):
                     g = gate[b, t + k, i] if gated else one - lam[b, t + k, i]

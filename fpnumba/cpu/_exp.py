@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fpnumba.cpu._jit import bits_of, from_bits
+from fpnumba.cpu._jit import OPTIONS, bits_of, from_bits
 
 # Adding this to a number leaves the nearest integer in the low bits of the sum.
 ROUND_32, ROUND_64 = np.float32(1.5 * 2**23), np.float64(1.5 * 2**52)
@@ -32,7 +32,7 @@ def exp(x: Any) -> Any:
 
 
 # Without reassociation, also where it is inlined: the order of the sums is what makes them exact.
-@overload(exp, jit_options={"fastmath": {"contract"}, "error_model": "numpy", "nogil": True})
+@overload(exp, jit_options=OPTIONS | {"fastmath": {"contract"}})
 def exp_by_width(x):
     if x == types.float32:
         c0, c1, c2, c3, c4, c5, c6, c7 = SERIES_32

@@ -78,9 +78,13 @@ class _CacheFile(caching.IndexDataCacheFile):
             return super().load(key)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile `function` when first called, without the GIL, cached on disk."""
-    dispatcher = njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")(function)
+# Without Numba's reference counts: it would count, in atomic instructions, whenever an array is sliced or handed on, which
+# takes longer than many of the steps. A kernel gets its memory from whoever calls it.
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "_nrt": False}
+
+
+def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    dispatcher = njit(cache=True, **options)(function)
     stored = dispatcher._cache
     stored._cache_file = _CacheFile(
         cache_path=stored._cache_path,
@@ -90,9 +94,24 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile `function` when first called, cached on disk; it may not allocate."""
+    return _cached(function, OPTIONS)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `kernel`, for what is called at every step: handing on the fields of a dozen arrays takes as long as a row."""
+    return _cached(function, OPTIONS | {"forceinline": True})
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """As `kernel`, for what Python calls: it may allocate scratch, and hands it to kernels."""
+    return _cached(function, OPTIONS | {"_nrt": True})
+
+
 def uncached(function: Callable[..., Any]) -> Any:
     """As `kernel`, in memory only: for a user's own functions."""
-    return njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
+    return njit(**(OPTIONS | {"_nrt": True}))(function)
 
 
 # Instructions
@@ -166,6 +185,28 @@ def stream_row(typingctx: Any, target: Any, at: Any, source: Any, begin: Any, co
         return context.get_dummy_value()
 
     return types.void(target, types.int64, source, types.int64, types.int64), codegen
+
+
+@intrinsic
+def prefetch_row(typingctx: Any, source: Any, at: Any, count: Any) -> Any:
+    """Begin to fetch ``source.flat[at:at + count]``: for kernels that compute more than they read, row by row.
+
+    It may lie outside the array: then nothing happens.
+    """
+    lanes = 64 // (source.dtype.bitwidth // 8)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32, i64, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+        base = context.make_array(signature.args[0])(context, builder, args[0]).data
+        base = builder.gep(base, [args[1]])
+        hint = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
+        with cgutils.for_range_slice(builder, ir.Constant(i64, 0), args[2], ir.Constant(i64, lanes)) as (k, _):
+            address = builder.bitcast(builder.gep(base, [k]), pointer)
+            builder.call(function, [address, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64), codegen
 
 
 @intrinsic

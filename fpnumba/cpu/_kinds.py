@@ -16,10 +16,12 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fpnumba.cpu._jit import FASTMATH, kernel
+from fpnumba.cpu._jit import OPTIONS, kernel
 
-# Rows that are mixed together. Only a matrix that all steps share gains from it.
+# Most rows that are mixed together.
 BLOCK = 8
+
+STEP_OPTIONS = OPTIONS | {"forceinline": True}
 
 
 class DPLR(NamedTuple):
@@ -88,9 +90,6 @@ def pull(p, bar, b, t, n, d, e, out, work):
     raise NotImplementedError
 
 
-OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy", "nogil": True}
-
-
 def is_kind(p: Any, kind: type) -> bool:
     return isinstance(p, types.BaseNamedTuple) and p.instance_class is kind
 
@@ -111,18 +110,23 @@ def defines(
 
         if stub is pull:
 
-            @overload(pull, jit_options=OPTIONS)
+            @overload(pull, jit_options=STEP_OPTIONS)
             def choose_pull(p, bar, b, t, n, d, e, out, work):
                 return chosen(p)
         else:
 
-            @overload(stub, jit_options=OPTIONS)
+            @overload(stub, jit_options=STEP_OPTIONS)
             def choose(p, b, t, n, d, out, work):
                 return chosen(p)
 
         return step
 
     return register
+
+
+def block_size(p: Any) -> int:
+    """Rows to mix together: only a matrix that all steps share gains from more than one."""
+    return BLOCK if isinstance(p, Fixed) else 1
 
 
 def work_size(p: Any) -> int:

@@ -14,7 +14,7 @@ Memory traffic: ``lam``, ``source`` and ``u`` read once (and the gate, if there 
 
 import numpy as np
 
-from fpnumba.cpu._jit import from_bits, kernel, magnitude_bits, stream_end, stream_row
+from fpnumba.cpu._jit import entry, from_bits, inlined, kernel, magnitude_bits, stream_end, stream_row
 from fpnumba.cpu._relax import DIVERGED, ILL_CONDITIONED, MAX_ITER
 
 # Rows of scratch: the state that comes in, w, g (forward) or the result (adjoint), x - w or g w
@@ -23,7 +23,7 @@ EPS64 = float(np.finfo(np.float64).eps)
 LARGEST = float(np.finfo(np.float64).max)
 
 
-@kernel
+@inlined
 def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
     """First pass for one vector: ``w``, ``v = g u``, ``q``, ``p`` and ``G``."""
     dim = source.shape[2]
@@ -54,7 +54,7 @@ def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
     gram[0, 0] = g0
 
 
-@kernel
+@inlined
 def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain):
     """First pass for any rank; ``plain`` is ``U U^T``, below the diagonal, which only a product of reflections needs."""
     rank, dim = u.shape[2], u.shape[3]
@@ -102,7 +102,7 @@ def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, 
                 plain[k, m] = dot
 
 
-@kernel
+@inlined
 def small_matrix(b, t, alpha, adjoint, product, plain, S):
     """``S``, or ``S^T`` in the adjoint: ``diag(alpha)``, or the compact WY triangle of a product of reflections."""
     rank = alpha.shape[2]
@@ -132,7 +132,7 @@ def multiply(matrix, vector, result):
         result[k] = total
 
 
-@kernel
+@inlined
 def solve_small(gram, S, q, y, system, rho):
     """``y = S rho``, ``(I - G S) rho = q``; returns an estimate of the reciprocal condition.
 
@@ -180,7 +180,7 @@ def solve_small(gram, S, q, y, system, rho):
     return smallest / (1.0 + norm)
 
 
-@kernel
+@inlined
 def result_row(b, t, u, adjoint, lam, rows, y):
     """Second pass: the result of the step, and in row 0 what the next step starts from.
 
@@ -213,7 +213,7 @@ def result_row(b, t, u, adjoint, lam, rows, y):
     return 0, size
 
 
-@kernel
+@inlined
 def put_row(b, t, value, rows, result, stream, compare):
     """Store the result; returns by how much it differs from what was there, if asked."""
     dim = value.shape[2]
@@ -229,7 +229,7 @@ def put_row(b, t, value, rows, result, stream, compare):
     return np.float64(from_bits(moved))
 
 
-@kernel
+@inlined
 def bounds(b, t, u, adjoint, rows, bound):
     """``max_d |g u_i|``, or of ``|u_i|`` in the adjoint: how far one unit of ``y_i`` moves the result."""
     rank, dim = u.shape[2], u.shape[3]
@@ -244,7 +244,7 @@ def bounds(b, t, u, adjoint, rows, bound):
         bound[k] = from_bits(bits)
 
 
-@kernel
+@inlined
 def iterate_small(gram, S, q, y, bound, tolerance, count, max_iter, rho, spare):
     """Iterate ``y = S rho``, ``rho = q + G y`` until the result changes by less than the tolerance.
 
@@ -289,7 +289,7 @@ def first_row(b, t, adjoint, settling, first, lam, initial, value, rows):
             rows[0, i] = initial[b, i]
 
 
-@kernel
+@inlined
 def step_share(b, t, steps, adjoint, lam):
     """`fpnumba.cpu._relax.tolerance_share` for a chunk of one step."""
     if steps == 1:
@@ -336,6 +336,53 @@ def iterate_step(
 
 
 @kernel
+def solve_segment(
+    b, j, u, alpha, product, adjoint, lam, gate, gated, source, initial, value, segments, settling,
+    direct, eps, rtol, atol, max_iter, counts, change, scale, status, rcond, stream,
+    rows, q, p, y, bound, rho, spare, gram, plain, S, system,
+):  # fmt: skip
+    """One segment of time of one sequence. Scratch comes as arguments: what a kernel owns it counts references of."""
+    _, steps, dim = source.shape
+    rank = u.shape[2]
+    for n in range(steps * j // segments, steps * (j + 1) // segments):
+        t = steps - 1 - n if adjoint else n
+        if n == steps * j // segments:
+            first_row(b, t, adjoint, settling, j == 0, lam, initial, value, rows)
+        if rank == 1:
+            sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram)
+            S[0, 0] = alpha[b, t, 0]
+        else:
+            sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain)
+            small_matrix(b, t, alpha, adjoint, product, plain, S)
+        if direct:
+            condition = solve_small(gram, S, q, y, system, rho)
+            if not condition >= rcond[b, j]:  # keeps a NaN
+                rcond[b, j] = condition
+            row, size = result_row(b, t, u, adjoint, lam, rows, y)
+            largest = np.float64(from_bits(size))
+            if not np.isfinite(largest):
+                status[b, j] = max(status[b, j], DIVERGED)
+        else:
+            count, dh, row, largest, converged = iterate_step(
+                b, t, u, adjoint, lam, steps, rows, gram, S, q, p, y, bound, rho, spare, scale[b, j],
+                rtol, atol, max_iter,
+            )  # fmt: skip
+            counts[b, t] = max(counts[b, t], count)
+            if not dh <= change[b, j]:  # keeps a NaN
+                change[b, j] = dh
+            if not np.isfinite(largest) or not np.isfinite(dh):
+                status[b, j] = max(status[b, j], DIVERGED)
+            elif not converged:
+                status[b, j] = max(status[b, j], MAX_ITER)
+        scale[b, j] = max(scale[b, j], largest)
+        moved = put_row(b, t, value, rows, row, stream, settling)
+        if settling and moved <= 2 * eps * scale[b, j]:
+            break
+    if direct and rcond[b, j] < 1e3 * eps:
+        status[b, j] = max(status[b, j], ILL_CONDITIONED)
+
+
+@entry
 def solve_steps(
     first, last, u, alpha, product, adjoint, lam, gate, gated, source, initial, value, segments, settling,
     direct, eps, rtol, atol, max_iter, counts, change, scale, status, rcond, stream,
@@ -346,8 +393,7 @@ def solve_steps(
     comes into them is known, until they agree to within rounding with what is there: the correction decays with the
     product of the ``A_t``.
     """
-    _, steps, dim = source.shape
-    rank = u.shape[2]
+    rank, dim = u.shape[2], u.shape[3]
     rows = np.empty((4 + rank, dim), source.dtype)
     q, p, y, bound = np.zeros(rank), np.zeros(rank), np.zeros(rank), np.zeros(rank)
     rho, spare = np.zeros(rank), np.zeros(rank)
@@ -356,42 +402,10 @@ def solve_steps(
     for task in range(first, last):
         b = task if settling else task // segments
         begin = 1 if settling else task % segments
-        end = segments if settling else begin + 1
-        for j in range(begin, end):
-            for n in range(steps * j // segments, steps * (j + 1) // segments):
-                t = steps - 1 - n if adjoint else n
-                if n == steps * j // segments:
-                    first_row(b, t, adjoint, settling, j == 0, lam, initial, value, rows)
-                if rank == 1:
-                    sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram)
-                    S[0, 0] = alpha[b, t, 0]
-                else:
-                    sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain)
-                    small_matrix(b, t, alpha, adjoint, product, plain, S)
-                if direct:
-                    condition = solve_small(gram, S, q, y, system, rho)
-                    if not condition >= rcond[b, j]:  # keeps a NaN
-                        rcond[b, j] = condition
-                    row, size = result_row(b, t, u, adjoint, lam, rows, y)
-                    largest = np.float64(from_bits(size))
-                    if not np.isfinite(largest):
-                        status[b, j] = max(status[b, j], DIVERGED)
-                else:
-                    count, dh, row, largest, converged = iterate_step(
-                        b, t, u, adjoint, lam, steps, rows, gram, S, q, p, y, bound, rho, spare, scale[b, j],
-                        rtol, atol, max_iter,
-                    )  # fmt: skip
-                    counts[b, t] = max(counts[b, t], count)
-                    if not dh <= change[b, j]:  # keeps a NaN
-                        change[b, j] = dh
-                    if not np.isfinite(largest) or not np.isfinite(dh):
-                        status[b, j] = max(status[b, j], DIVERGED)
-                    elif not converged:
-                        status[b, j] = max(status[b, j], MAX_ITER)
-                scale[b, j] = max(scale[b, j], largest)
-                moved = put_row(b, t, value, rows, row, stream, settling)
-                if settling and moved <= 2 * eps * scale[b, j]:
-                    break
-            if direct and rcond[b, j] < 1e3 * eps:
-                status[b, j] = max(status[b, j], ILL_CONDITIONED)
+        for j in range(begin, segments if settling else begin + 1):
+            solve_segment(
+                b, j, u, alpha, product, adjoint, lam, gate, gated, source, initial, value, segments, settling,
+                direct, eps, rtol, atol, max_iter, counts, change, scale, status, rcond, stream,
+                rows, q, p, y, bound, rho, spare, gram, plain, S, system,
+            )  # fmt: skip
     stream_end()

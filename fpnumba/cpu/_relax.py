@@ -7,7 +7,7 @@ and 7 of docs/mathematics.md.
 
 import numpy as np
 
-from fpnumba.cpu._jit import from_bits, kernel, magnitude_bits
+from fpnumba.cpu._jit import entry, from_bits, kernel, magnitude_bits
 from fpnumba.cpu._kinds import BLOCK, mix, mix_transpose
 
 # Where the state that comes into a chunk is to be found
@@ -19,7 +19,7 @@ CONVERGED, MAX_ITER, DIVERGED, NONFINITE_INPUT, ILL_CONDITIONED = 0, 1, 2, 3, 4
 
 
 @kernel
-def forward_pass(p, b, begin, end, lam, gate, gated, x, value, state, d, out, work, damping):
+def forward_pass(p, b, begin, end, block, lam, gate, gated, x, value, state, d, out, work, damping):
     """One iteration of (F) over a chunk; returns the bits of ``max|f(h) - h|`` and ``max|h|``."""
     dim = x.shape[2]
     one = x.dtype.type(1)
@@ -27,8 +27,8 @@ def forward_pass(p, b, begin, end, lam, gate, gated, x, value, state, d, out, wo
     old_share = one - new_share
     change = magnitude_bits(x.dtype.type(0))
     size = change
-    for t in range(begin, end, BLOCK):
-        n = min(BLOCK, end - t)
+    for t in range(begin, end, block):
+        n = min(block, end - t)
         for k in range(n):
             for i in range(dim):
                 d[k, i] = x[b, t + k, i] - value[b, t + k, i]
@@ -48,7 +48,7 @@ def forward_pass(p, b, begin, end, lam, gate, gated, x, value, state, d, out, wo
 
 
 @kernel
-def adjoint_pass(p, b, begin, end, lam, gate, gated, hbar, value, state, d, out, work, damping):
+def adjoint_pass(p, b, begin, end, block, lam, gate, gated, hbar, value, state, d, out, work, damping):
     """One iteration of the adjoint over a chunk, last step first; ``state`` is ``lam_{t+1} s_{t+1}``."""
     dim = hbar.shape[2]
     one = hbar.dtype.type(1)
@@ -56,10 +56,10 @@ def adjoint_pass(p, b, begin, end, lam, gate, gated, hbar, value, state, d, out,
     old_share = one - new_share
     change = magnitude_bits(hbar.dtype.type(0))
     size = change
-    blocks = -(-(end - begin) // BLOCK)
-    for block in range(blocks):
-        t = begin + (blocks - 1 - block) * BLOCK
-        n = min(BLOCK, end - t)
+    blocks = -(-(end - begin) // block)
+    for turn in range(blocks):
+        t = begin + (blocks - 1 - turn) * block
+        n = min(block, end - t)
         for k in range(n):
             for i in range(dim):
                 g = gate[b, t + k, i] if gated else one - lam[b, t + k, i]
@@ -104,7 +104,7 @@ def tolerance_share(b, begin, end, adjoint, lam, chunks, product):
 
 @kernel
 def relax_chunk(
-    p, b, begin, end, came, adjoint, start, lam, gate, gated, source, initial, value, rows, work,
+    p, b, begin, end, block, came, adjoint, start, lam, gate, gated, source, initial, value, rows, work,
     share, before, eps, rtol, atol, max_iter, damping,
 ):  # fmt: skip
     """Iterate one chunk. Returns iterations, last change, largest value and whether it converged."""
@@ -143,11 +143,11 @@ def relax_chunk(
             state[i] = carry[i]
         if adjoint:
             bits, size = adjoint_pass(
-                p, b, begin, end, lam, gate, gated, source, value, state, d, out, work, damping
+                p, b, begin, end, block, lam, gate, gated, source, value, state, d, out, work, damping
             )
         else:
             bits, size = forward_pass(
-                p, b, begin, end, lam, gate, gated, source, value, state, d, out, work, damping
+                p, b, begin, end, block, lam, gate, gated, source, value, state, d, out, work, damping
             )
         count += 1
         change = np.float64(from_bits(bits))
@@ -156,9 +156,9 @@ def relax_chunk(
     return count, change, scale, converged
 
 
-@kernel
+@entry
 def relax(
-    first, last, p, adjoint, start, lam, gate, gated, source, initial, value, segments, chunk, work_size,
+    first, last, p, adjoint, start, lam, gate, gated, source, initial, value, segments, chunk, block, work_size,
     eps, rtol, atol, max_iter, damping, counts, change, scale, status,
 ):  # fmt: skip
     """Tasks are sequences times segments of time. A segment that is not the first begins from a zero state."""
@@ -176,7 +176,7 @@ def relax(
                 came = ZERO if j > 0 or adjoint else INITIAL
             share = tolerance_share(b, begin, end, adjoint, lam, chunks, rows[0, 2])
             count, dh, size, converged = relax_chunk(
-                p, b, begin, end, came, adjoint, start, lam, gate, gated, source, initial, value, rows, work,
+                p, b, begin, end, block, came, adjoint, start, lam, gate, gated, source, initial, value, rows, work,
                 share, scale[b, j], eps, rtol, atol, max_iter, damping,
             )  # fmt: skip
             record(counts, change, scale, status, b, j, c, count, dh, size, converged)
@@ -193,9 +193,9 @@ def record(counts, change, scale, status, b, j, c, count, dh, size, converged):
         change[b, j] = dh
 
 
-@kernel
+@entry
 def settle(
-    first, last, p, adjoint, start, lam, gate, gated, source, initial, value, segments, chunk, work_size,
+    first, last, p, adjoint, start, lam, gate, gated, source, initial, value, segments, chunk, block, work_size,
     eps, rtol, atol, max_iter, damping, counts, change, scale, status,
 ):  # fmt: skip
     """Correct the segments that began from zero, now that the state that comes into them is known.

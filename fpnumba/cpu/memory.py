@@ -36,8 +36,11 @@ class _Lease:
 
     def __del__(self) -> None:
         # List and dict operations are atomic, so neither threads nor a collection amid another call hurt.
-        if held_bytes() + self._block.nbytes <= LIMIT:
-            _free.setdefault(self._block.nbytes, []).append(self._block)
+        try:
+            if held_bytes() + self._block.nbytes <= LIMIT:
+                _free.setdefault(self._block.nbytes, []).append(self._block)
+        except TypeError:
+            pass  # the interpreter is shutting down and this module's names are gone
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

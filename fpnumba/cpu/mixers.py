@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.cpu import _threads, memory
-from fpnumba.cpu._jit import kernel
-from fpnumba.cpu._kinds import BLOCK, as_mixer, mix, mix_transpose, pull, work_size
+from fpnumba.cpu._jit import entry
+from fpnumba.cpu._kinds import BLOCK, as_mixer, block_size, mix, mix_transpose, pull, work_size
 from fpnumba.reference.mixers import contraction_bound, to_dense
 
 __all__ = ["apply", "apply_transpose", "contraction_bound", "cotangent", "to_dense"]
@@ -20,8 +20,8 @@ Array: TypeAlias = NDArray[np.floating[Any]]
 Params: TypeAlias = tuple[Array, ...]
 
 
-@kernel
-def _apply(first, last, p, transposed, x, y, work_size, segments):
+@entry
+def _apply(first, last, p, transposed, x, y, block, work_size, segments):
     """Tasks are sequences times segments of time."""
     _, steps, dim = x.shape
     d = np.zeros((BLOCK, dim), x.dtype)
@@ -30,8 +30,8 @@ def _apply(first, last, p, transposed, x, y, work_size, segments):
     for task in range(first, last):
         b, j = task // segments, task % segments
         end = steps * (j + 1) // segments
-        for t in range(steps * j // segments, end, BLOCK):
-            n = min(BLOCK, end - t)
+        for t in range(steps * j // segments, end, block):
+            n = min(block, end - t)
             for k in range(n):
                 for i in range(dim):
                     d[k, i] = x[b, t + k, i]
@@ -44,8 +44,8 @@ def _apply(first, last, p, transposed, x, y, work_size, segments):
                     y[b, t + k, i] = out[k, i]
 
 
-@kernel
-def _cotangent(first, last, p, bar, x, ybar, work_size, segments):
+@entry
+def _cotangent(first, last, p, bar, x, ybar, block, work_size, segments):
     """Tasks are sequences times segments of time."""
     _, steps, dim = x.shape
     rows = np.zeros((3, BLOCK, dim), x.dtype)
@@ -53,8 +53,8 @@ def _cotangent(first, last, p, bar, x, ybar, work_size, segments):
     for task in range(first, last):
         b, j = task // segments, task % segments
         end = steps * (j + 1) // segments
-        for t in range(steps * j // segments, end, BLOCK):
-            n = min(BLOCK, end - t)
+        for t in range(steps * j // segments, end, block):
+            n = min(block, end - t)
             for k in range(n):
                 for i in range(dim):
                     rows[0, k, i] = x[b, t + k, i]
@@ -75,7 +75,7 @@ def _applied(kind: Any, params: Params, x: Array, transposed: bool) -> Array:
     batch, steps, _ = x.shape
     segments = time_segments(batch, steps)
     work = sum(a.size for a in params) if kind != "fixed" else x.size * x.shape[-1]
-    _threads.run(_apply, batch * segments, work, p, transposed, x, y, work_size(p), segments)
+    _threads.run(_apply, batch * segments, work, p, transposed, x, y, block_size(p), work_size(p), segments)
     return y
 
 
@@ -184,5 +184,5 @@ def cotangent(kind: Any, params: Params, x: Array, ybar: Array) -> Params:
     batch, steps, _ = x.shape
     segments = time_segments(batch, steps)
     work = sum(a.size for a in params)
-    _threads.run(_cotangent, batch * segments, work, p, as_mixer(kind, bars), x, ybar, work_size(p), segments)
+    _threads.run(_cotangent, batch * segments, work, p, as_mixer(kind, bars), x, ybar, block_size(p), work_size(p), segments)
     return bars

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.cpu import _threads, memory
-from fpnumba.cpu._jit import kernel, stream_end, stream_row, streams
+from fpnumba.cpu._jit import entry, kernel, stream_end, stream_row, streams
 from fpnumba.cpu.selective import selective_scan, selective_scan_vjp
 
 __all__ = ["linear_scan", "linear_scan_vjp", "selective_scan", "selective_scan_vjp"]
@@ -17,7 +17,7 @@ __all__ = ["linear_scan", "linear_scan_vjp", "selective_scan", "selective_scan_v
 Array: TypeAlias = NDArray[np.floating[Any]]
 
 
-@kernel
+@entry
 def _scan(first, last, lam, x, initial, h, reverse, blocks, stream):
     """Tasks are sequences times channel blocks."""
     _, steps, dim = x.shape
@@ -44,7 +44,7 @@ def _scan(first, last, lam, x, initial, h, reverse, blocks, stream):
     stream_end()
 
 
-@kernel
+@entry
 def _scan_vjp(first, last, lam, h, initial, hbar, lam_bar, x_bar, initial_bar, reverse, blocks, stream):
     """``s_t = hbar_t + lam_{t+1} s_{t+1}``; all three inputs read once, both results written once."""
     _, steps, dim = h.shape

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fpnumba.cpu import _threads, memory
 from fpnumba.cpu._exp import exp
-from fpnumba.cpu._jit import kernel
+from fpnumba.cpu._jit import entry, kernel
 
 __all__ = ["selective_scan", "selective_scan_vjp"]
 
@@ -100,7 +100,7 @@ def first_state(b, begin, width, initial, state):
             state[n, i] = initial[b, begin + i, n]
 
 
-@kernel
+@entry
 def scan_states(first, last, x, delta, rates, heads, B, C, skip, initial, y, last_state, groups):
     """Tasks are sequences times groups of channel blocks."""
     _, steps, dim = x.shape
@@ -136,7 +136,7 @@ def block_width(dim, size, numbers):
     return max(1, min(dim, max(16, min(128, numbers // max(size, 1) // 16 * 16))))
 
 
-@kernel
+@entry
 def pull_states(
     first, last, x, delta, rates, heads, B, C, skip, initial, ybar, last_bar,
     x_bar, step_bar, rate_bar, B_bar, C_bar, skip_bar, initial_bar, groups,

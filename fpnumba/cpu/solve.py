@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.cpu import _cotangents, _lowrank, _relax, _threads, memory
+from fpnumba.cpu import _cotangents, _lowrank, _pull, _relax, _threads, memory
 from fpnumba.cpu._jit import streams
-from fpnumba.cpu._kinds import as_mixer, work_size
+from fpnumba.cpu._kinds import as_mixer, block_size, work_size
 from fpnumba.cpu._relax import CONVERGED, DIVERGED, ILL_CONDITIONED, MAX_ITER, NONFINITE_INPUT
 from fpnumba.cpu.mixers import Params, empty_bars, shared_cotangent, time_segments
 from fpnumba.cpu.scan import zeros_if_none
@@ -27,6 +27,7 @@ __all__ = [
     "iterate",
     "iterate_adjoint",
     "rnn_cotangents",
+    "rnn_pullback",
     "solve",
     "solve_adjoint",
 ]
@@ -152,10 +153,7 @@ def _solve(
     if guess is not None and not small:
         value[...] = guess
         start = _relax.GUESS
-    counts = np.zeros((batch, -(-steps // size)), np.int64)
-    change, scale = np.zeros((batch, segments)), np.zeros((batch, segments))
-    status = np.zeros((batch, segments), np.int8)
-    rcond = np.ones((batch, segments))
+    report = _blank(batch, -(-steps // size), segments)
     start_state = zeros_if_none(initial, (batch, dim), source.dtype)
     gated = gate is not None
     eps = float(np.finfo(source.dtype).eps)
@@ -166,35 +164,61 @@ def _solve(
             u, alpha = np.zeros((batch, steps, 1, dim), u.dtype), np.zeros((batch, steps, 1), u.dtype)
         work = value.size + u.size
         matrices = (u, alpha, kind == "householder", adjoint)
-        stopping = (direct, eps, rtol, atol, max_iter, counts, change, scale, status, rcond)
+        stopping = (direct, eps, rtol, atol, max_iter, *report)
         stream = streams(value) and segments == 1
         _threads.run(_lowrank.solve_steps, batch * segments, work, *matrices, *fields, False, *stopping, stream)
         if segments > 1:
             _threads.run(_lowrank.solve_steps, batch, work, *matrices, *fields, True, *stopping, False)
-        if direct:
-            counts[...] = 1
     else:
         p = as_mixer(kind, params)
         work = value.size + sum(a.size for a in params)
-        stopping = (eps, rtol, atol, max_iter, float(damping), counts, change, scale, status)
-        rest = (size, work_size(p), *stopping)
+        stopping = (eps, rtol, atol, max_iter, float(damping), *report[:-1])
+        rest = (size, block_size(p), work_size(p), *stopping)
         _threads.run(_relax.relax, batch * segments, work, p, adjoint, start, *fields, *rest)
         if segments > 1:
             _threads.run(_relax.settle, batch, work, p, adjoint, start, *fields, *rest)
-    tiny = float(np.finfo(source.dtype).tiny)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        residual = change.max(axis=1) / np.maximum(scale.max(axis=1), tiny)
-        if direct:
-            residual = eps / rcond.min(axis=1) if steps else np.zeros(batch)
-    verdict = status.max(axis=1)
-    for b in np.flatnonzero((verdict == DIVERGED) | (verdict == ILL_CONDITIONED)):
-        arrays = [lam[b], source[b], start_state[b], *(() if gate is None else (gate[b],))]
-        arrays += [params[0]] if kind == "fixed" else [p[b] for p in params]
-        if guess is not None and not small:
-            arrays.append(guess[b])
-        if not all(np.isfinite(a).all() for a in arrays):
-            verdict[b] = NONFINITE_INPUT
-    return Solved(value, counts.max(axis=1, initial=0), residual, verdict, counts)
+    fields = [a for a in (lam, source, start_state, gate, None if small else guess) if a is not None]
+    if kind == "fixed":
+        return _summary(value, report, direct, tuple(fields), params)
+    return _summary(value, report, direct, (*fields, *params))
+
+
+class _Report(NamedTuple):
+    """What kernels say of a solve, one entry per sequence and chunk, or per sequence and segment of time."""
+
+    counts: NDArray[np.int64]
+    change: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    status: NDArray[np.int8]
+    rcond: NDArray[np.float64]
+
+
+def _blank(batch: int, chunks: int, segments: int) -> _Report:
+    shape = (batch, segments)
+    status, rcond = np.full(shape, CONVERGED, np.int8), np.ones(shape)
+    return _Report(np.zeros((batch, chunks), np.int64), np.zeros(shape), np.zeros(shape), status, rcond)
+
+
+def _summary(
+    value: Array, report: _Report, direct: bool, fields: tuple[Array, ...], shared: tuple[Array, ...] = ()
+) -> Solved:
+    """Put the parts of a report together, and see whether a sequence that went wrong had inputs that were finite.
+
+    `fields` have one entry per sequence, `shared` are for all of them.
+    """
+    batch, steps, _ = value.shape
+    limits = np.finfo(value.dtype)
+    if direct:
+        report.counts[...] = 1
+        residual = float(limits.eps) / report.rcond.min(axis=1) if steps else np.zeros(batch)
+    else:
+        with np.errstate(invalid="ignore", over="ignore"):
+            residual = report.change.max(axis=1) / np.maximum(report.scale.max(axis=1), float(limits.tiny))
+    status = report.status.max(axis=1)
+    for b in np.flatnonzero((status == DIVERGED) | (status == ILL_CONDITIONED)):
+        if not all(np.isfinite(a).all() for a in (*shared, *(own[b] for own in fields))):
+            status[b] = NONFINITE_INPUT
+    return Solved(value, report.counts.max(axis=1, initial=0), residual, status, report.counts)
 
 
 def solve(
@@ -335,7 +359,7 @@ def _iterate_once(
         np.zeros((batch, 1)),
         np.zeros((batch, 1), np.int8),
     )
-    options = (1, max(steps, 1), work_size(p), 0.0, 0.0, 0.0, 1, 1.0)
+    options = (1, max(steps, 1), block_size(p), work_size(p), 0.0, 0.0, 0.0, 1, 1.0)
     work = value.size + sum(a.size for a in params)
     arrays = (*fields, start_state, new)
     _threads.run(_relax.relax, batch, work, p, adjoint, _relax.ITERATE, *arrays, *options, *report)
@@ -449,19 +473,119 @@ def rnn_cotangents(
     array([0.55555556, 0.33333333])
     """
     batch, steps, dim = x.shape
-    p = as_mixer(kind, params)
-    bars = empty_bars(kind, params)
-    lam_bar, x_bar = memory.empty(x.shape, x.dtype), memory.empty(x.shape, x.dtype)
-    gate_bar = None if gate is None else memory.empty(x.shape, x.dtype)
+    bars, lam_bar, x_bar, gate_bar = _empty_cotangents(kind, params, gate, x)
+    start_state = zeros_if_none(initial, (batch, dim), x.dtype)
     segments = time_segments(batch, steps)
-    inputs = (lam, lam if gate is None else gate, gate is not None, x, zeros_if_none(initial, (batch, dim), x.dtype))
-    outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, x_bar)
     work = x.size + sum(a.size for a in params)
-    pulled = as_mixer(kind, bars)
-    _threads.run(
-        _cotangents.rnn_pull, batch * segments, work, p, pulled, *inputs, h, s, *outputs, work_size(p), segments
-    )
+    inputs = (lam, lam if gate is None else gate, gate is not None, x, start_state)
+    if is_low_rank(kind) and params[0].shape[2] > 0:
+        outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, *bars, x_bar)
+        stream = all(streams(a) for a in (lam_bar, x_bar))
+        unsolved = (x, False, False, 0.0, 0.0, 0.0, 1, *_blank(batch, 1, 1))
+        arrays = (*params, kind == "householder", *inputs, h, s, *outputs)
+        _threads.run(_pull.pull_steps, batch * segments, work, *arrays, segments, stream, *unsolved)
+    else:
+        p, pulled = as_mixer(kind, params), as_mixer(kind, bars)
+        outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, x_bar)
+        arrays = (p, pulled, *inputs, h, s, *outputs, block_size(p), work_size(p))
+        _threads.run(_cotangents.rnn_pull, batch * segments, work, *arrays, segments)
     if kind == "fixed":
         bars = (shared_cotangent(x - h, (1 - lam if gate is None else gate) * s),)
-    initial_bar = lam[:, 0] * s[:, 0] if steps else np.zeros((batch, dim), x.dtype)
-    return lam_bar, gate_bar, x_bar, initial_bar, bars
+    return lam_bar, gate_bar, x_bar, _initial_cotangent(lam, s), bars
+
+
+def rnn_pullback(
+    kind: Any,
+    params: Params,
+    lam: Array,
+    gate: Array | None,
+    x: Array,
+    initial: Array | None,
+    h: Array,
+    hbar: Array,
+    guess: Array | None,
+    *,
+    method: str = "parallel",
+    chunk: int | None = None,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int = 1000,
+    damping: float = 1.0,
+) -> tuple[Solved, tuple[Array, Array | None, Array, Array, Params]]:
+    """`solve_adjoint` and `rnn_cotangents` in one: the exact gradient of `solve`.
+
+    Section 6 of docs/mathematics.md. For low-rank mixers, by the direct way or in chunks of one step, both happen in one pass
+    over memory, step after step: what the adjoint has read of a step is still in the first-level cache when the cotangents
+    need it.
+
+    Parameters
+    ----------
+    kind, params, lam, gate, x, initial
+        As for `solve`.
+    h : (B, T, D) array
+        What `solve` found.
+    hbar : (B, T, D) array
+        Cotangent of `h`.
+    guess : (B, T, D) array or None
+    method, chunk, rtol, atol, max_iter, damping
+        As for `solve_adjoint`.
+
+    Returns
+    -------
+    solved : Solved
+        As of `solve_adjoint`.
+    cotangents : tuple
+        As of `rnn_cotangents`.
+
+    Raises
+    ------
+    ValueError
+        As `solve`.
+
+    Examples
+    --------
+    >>> from fpnumba.cpu.solve import rnn_pullback, solve
+    >>> mixer = "dplr", (np.ones((1, 2, 1, 1)), np.full((1, 2, 1), 0.5))
+    >>> half, ones = np.full((1, 2, 1), 0.5), np.ones((1, 2, 1))
+    >>> h = solve(*mixer, half, None, ones, None, None, method="direct").value
+    >>> solved, cotangents = rnn_pullback(*mixer, half, None, ones, None, h, ones, None, method="direct")
+    >>> cotangents[2].ravel()
+    array([0.55555556, 0.33333333])
+    """
+    batch, steps, dim = x.shape
+    size = _chunk(kind, params, x, method, chunk, max_iter)
+    direct = method == "direct"
+    small = direct or (is_low_rank(kind) and size == 1 and guess is None and damping == 1)
+    if not small or params[0].shape[2] == 0 or _split(batch, steps, 1) > 1:
+        options: dict[str, Any] = {"method": method, "chunk": chunk, "rtol": rtol, "atol": atol}
+        options |= {"max_iter": max_iter, "damping": damping}
+        solved = solve_adjoint(kind, params, lam, gate, hbar, guess, **options)
+        return solved, rnn_cotangents(kind, params, lam, gate, x, initial, h, solved.value)
+    bars, lam_bar, x_bar, gate_bar = _empty_cotangents(kind, params, gate, x)
+    value = memory.empty(x.shape, x.dtype)
+    start_state = zeros_if_none(initial, (batch, dim), x.dtype)
+    report = _blank(batch, -(-steps // size), 1)
+    eps = float(np.finfo(x.dtype).eps)
+    inputs = (lam, lam if gate is None else gate, gate is not None, x, start_state, h, value)
+    outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, *bars, x_bar)
+    stream = all(streams(a) for a in (value, lam_bar, x_bar))
+    options_ = (1, stream, hbar, True, direct, eps, rtol, atol, max_iter)
+    work = 2 * x.size + 2 * params[0].size
+    arrays = (*params, kind == "householder", *inputs, *outputs)
+    _threads.run(_pull.pull_steps, batch, work, *arrays, *options_, *report)
+    fields = (lam, hbar, *(() if gate is None else (gate,)), *params)
+    solved = _summary(value, report, direct, fields)
+    return solved, (lam_bar, gate_bar, x_bar, _initial_cotangent(lam, value), bars)
+
+
+def _empty_cotangents(
+    kind: Any, params: Params, gate: Array | None, x: Array
+) -> tuple[Params, Array, Array, Array | None]:
+    gate_bar = None if gate is None else memory.empty(x.shape, x.dtype)
+    return empty_bars(kind, params), memory.empty(x.shape, x.dtype), memory.empty(x.shape, x.dtype), gate_bar
+
+
+def _initial_cotangent(lam: Array, s: Array) -> Array:
+    """``lam_1 * s_1``; zero if there is no step."""
+    batch, steps, dim = s.shape
+    return lam[:, 0] * s[:, 0] if steps else np.zeros((batch, dim), s.dtype)

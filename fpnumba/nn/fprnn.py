@@ -140,6 +140,8 @@ class FPRNN:
             raise ValueError(f"hidden must be () or ('mixer',), not {hidden!r}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, not {rank}")
+        if mixer == "mixture" and rank < 2:
+            raise ValueError(f"rank of a mixture is its number of mixers and must be at least 2, not {rank}")
         if not 0 < alpha_max <= 2:
             raise ValueError(f"alpha_max must lie in (0, 2], not {alpha_max}")
         if n_backwards < 0:

@@ -67,19 +67,21 @@ def from_official(config: Mapping[str, Any], state: Mapping[str, Array]) -> tupl
     if "d_model" not in config:
         raise ValueError("config must hold 'd_model'")
     options = dict(config.get("config", {}))
-    layer = FPRNN(int(config["d_model"]), **_options(options))
+    layer = FPRNN(int(config["d_model"]), **layer_options(options))
     layer.train_mode = bool(config.get("train", False))
     layer.solver = _solver(options, dict(config.get("optimizer", {})))
     # torch.compile wraps a module and so puts a word into the names below it
     params = {key.replace("_orig_mod.", ""): np.array(value) for key, value in state.items()}
     base = params.pop(BASE, None)
     if isinstance(layer.map, FixedMap):
+        if base is None:
+            raise ValueError(f"state lacks {BASE}, the matrix at which the training of the fixed mixer began")
         layer.map.base = base
     _check(layer, params)
     return layer, params
 
 
-def _options(options: dict[str, Any]) -> dict[str, Any]:
+def layer_options(options: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of :class:`FPRNN` from the published ones."""
     kind = str(options.get("mixer_type", "householderproduct")).lower()
     if kind not in MIXERS:

@@ -57,7 +57,7 @@ class AdamW:
     >>> params = {"w": np.ones((2, 2), np.float32)}
     >>> state = optimizer.init(params)
     >>> params, state = optimizer.update(params, {"w": np.ones((2, 2), np.float32)}, state)
-    >>> params["w"][0]
+    >>> params["w"][0].round(3)
     array([0.899, 0.899], dtype=float32)
     """
 

@@ -35,12 +35,12 @@ def init_weight(
     name: str, outputs: int, inputs: int, weight_norm: bool, rng: np.random.Generator, dtype: DTypeLike
 ) -> Params:
     """A uniform weight, split into magnitude and direction where it is weight-normalised."""
-    weight = uniform(rng, (outputs, inputs), inputs, dtype)
+    weight = uniform(rng, (outputs, inputs), inputs, np.float64)
     if not weight_norm:
-        return {f"{name}.weight": weight}
+        return {f"{name}.weight": weight.astype(dtype)}
     return {
-        f"{name}.{MAGNITUDE}": np.linalg.norm(weight, axis=1, keepdims=True),
-        f"{name}.{DIRECTION}": weight,
+        f"{name}.{MAGNITUDE}": np.linalg.norm(weight, axis=1, keepdims=True).astype(dtype),
+        f"{name}.{DIRECTION}": weight.astype(dtype),
     }
 
 

@@ -26,9 +26,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_batch": 64,
     },
     "cpu": {
-        "model": {"d_model": 64, "layer": {"mixer": "kronecker"}},
-        "steps": 600,
+        "model": {"d_model": 48, "layer": {"mixer": "householder", "rank": 4, "alpha_max": 1.0}},
+        "steps": 2500,
         "batch": 128,
+        "learning_rate": 2e-3,
+        "warmup": 100,
+        "schedule": "cosine",
+        "eval_every": 500,
+        "checkpoint_every": 500,
     },
 }
 
