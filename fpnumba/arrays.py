@@ -255,7 +255,7 @@ class Checked:
         if rank >= 0:
             trailing = view.shape[view.ndim - rank :]
             view = np.broadcast_to(view, self.lead + trailing).reshape((self.batch, *trailing))
-        return np.require(view, self.compute, ["C_CONTIGUOUS", "ALIGNED"])
+        return _for_a_room(view, self.compute)
 
     def get(self, name: str) -> Float | None:
         """The same, or None for an argument that was not given."""
@@ -294,7 +294,7 @@ class Checked:
         if got != shape:
             raise ValueError(f"argument `{name}`: got shape {got}, expected {shape}, the shape of the output")
         view = other._views[name].reshape((self.batch, *shape[len(self.lead) :]))
-        return np.require(view, self.compute, ["C_CONTIGUOUS", "ALIGNED"])
+        return _for_a_room(view, self.compute)
 
 
 def check(arguments: Mapping[str, tuple[Array, str | None]]) -> Checked:
@@ -358,6 +358,24 @@ def check(arguments: Mapping[str, tuple[Array, str | None]]) -> Checked:
             lead = _broadcast(name, view.shape[: view.ndim - rank[name]], lead)
     compute = np.dtype("float64" if dtype == "float64" else "float32")
     return Checked(kind, dtype, compute, lead, sizes, given, views, rank)
+
+
+class _Unlocked:
+    """The memory of a read-only array without the lock.
+
+    Numba compiles a kernel anew for each pattern of read-only arguments. No room writes to its inputs, so one pattern
+    serves them all.
+    """
+
+    def __init__(self, array: Float) -> None:
+        self.owner = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def _for_a_room(array: Float, dtype: np.dtype[Any]) -> Float:
+    """The array itself where a room can read it as it lies; a copy otherwise."""
+    array = np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED"])
+    return array if array.flags.writeable else np.asarray(_Unlocked(array))
 
 
 def _same(what: str, found: dict[str, str]) -> str:

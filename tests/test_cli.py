@@ -72,7 +72,15 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert call("info") == 0
     out = capsys.readouterr().out
-    for expected in ("fpnumba", "numpy", numpy.__version__, "threads", "room cpu", "room gpu", "kernel cache"):
+    for expected in (
+        "fpnumba",
+        "numpy",
+        numpy.__version__,
+        "threads",
+        "room cpu",
+        "room gpu",
+        "kernel cache",
+    ):
         assert expected in out
     assert call("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)

@@ -169,9 +169,7 @@ def test_own_mixer_without_channels_in_its_shapes(room: str) -> None:
     x = np.ones((2, 3, 5))
     with fp.arrays.use_room(room):
         np.testing.assert_array_equal(mixer.apply(x), 0.75 * x)
-        h = fp.fixed_point_rnn(np.full((3, 5), 0.5), mixer, x).value
-        assert h.shape == x.shape
-        fp.check_adjoint(Scale.apply_transpose, mixer, x)
+        assert fp.check_adjoint(Scale.apply, mixer, x).passed
         for method in (mixer.to_dense, mixer.contraction_bound):
             with pytest.raises(ValueError, match=r"do not tell the number of channels"):
                 method()

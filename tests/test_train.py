@@ -521,7 +521,9 @@ def test_table_is_aligned(judged: dict[str, Any]) -> None:
         assert any(name in line for line in body)
 
 
-def test_pictures_are_drawn_and_drawn_alike_again(whole: Path, judged: dict[str, Any], tmp_path: Path) -> None:
+def test_pictures_are_drawn_and_drawn_alike_again(
+    whole: Path, judged: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the train extra")
     written = train.plot(whole, out=tmp_path / "one")
     assert [p.name for p in written] == ["accuracy.png", "accuracy.svg", "loss.png", "loss.svg"]

@@ -5,7 +5,7 @@ Memory traffic: ``lam``, ``x``, ``h``, ``s`` and the parameters read once, all c
 
 import numpy as np
 
-from fpnumba.cpu._jit import entry, stream_end, stream_row
+from fpnumba.cpu._jit import entry
 from fpnumba.cpu._kinds import BLOCK, mix, pull
 
 

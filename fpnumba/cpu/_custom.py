@@ -30,8 +30,14 @@ def as_mixer(kind: Any, params: tuple[Any, ...]) -> Custom:
     transpose = getattr(kind, "apply_transpose", None)
     batch = params[0].shape[0] if params else 0
     # Where the transpose has to be taken from `cotangent`, what that writes besides goes here.
-    spare = () if transpose is not None else tuple(np.zeros((batch, 1, *p.shape[2:]), p.dtype) for p in params)
-    functions = (compiled(kind.apply), None if transpose is None else compiled(transpose), compiled(kind.cotangent))
+    spare = (
+        () if transpose is not None else tuple(np.zeros((batch, 1, *p.shape[2:]), p.dtype) for p in params)
+    )
+    functions = (
+        compiled(kind.apply),
+        None if transpose is None else compiled(transpose),
+        compiled(kind.cotangent),
+    )
     return Custom(*functions, tuple(params), spare)
 
 

@@ -496,7 +496,15 @@ def as_mixer(kind: Any, params: tuple[Any, ...]) -> Any:
         return _custom.as_mixer(kind, params)
     if kind == "fixed":
         return Fixed(params[0], np.ascontiguousarray(params[0].T))
-    classes = {"dplr": DPLR, "householder": Householder, "kronecker": Kronecker, "monarch": Monarch, "dense": Dense}
+    classes = {
+        "dplr": DPLR,
+        "householder": Householder,
+        "kronecker": Kronecker,
+        "monarch": Monarch,
+        "dense": Dense,
+    }
     if kind not in classes:
-        raise ValueError(f"kind: {kind!r} is not a mixer; expected one of {', '.join(classes)}, fixed or a custom kind")
+        raise ValueError(
+            f"kind: {kind!r} is not a mixer; expected one of {', '.join(classes)}, fixed or a custom kind"
+        )
     return classes[kind](*params)

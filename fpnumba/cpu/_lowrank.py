@@ -14,7 +14,16 @@ Memory traffic: ``lam``, ``source`` and ``u`` read once (and the gate, if there 
 
 import numpy as np
 
-from fpnumba.cpu._jit import entry, from_bits, inlined, kernel, magnitude_bits, stream_end, stream_row
+from fpnumba.cpu._jit import (
+    STRIP_BYTES,
+    entry,
+    from_bits,
+    inlined,
+    kernel,
+    magnitude_bits,
+    stream_end,
+    stream_row,
+)
 from fpnumba.cpu._relax import DIVERGED, ILL_CONDITIONED, MAX_ITER
 
 # Rows of scratch: the state that comes in, w, g (forward) or the result (adjoint), x - w or g w
@@ -30,13 +39,18 @@ def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
     zero, one = source.dtype.type(0), source.dtype.type(1)
     q0, p0, g0 = zero, zero, zero
     if adjoint:
-        for i in range(dim):
-            g = gate[b, t, i] if gated else one - lam[b, t, i]
-            w = source[b, t, i] + rows[0, i]
-            v = g * u[b, t, 0, i]
-            q0 += v * w
-            g0 += v * u[b, t, 0, i]
-            rows[1, i] = w
+        strip = STRIP_BYTES // source.itemsize
+        strips = -(-dim // strip)
+        for n in range(strips):
+            offset = (strips - 1 - n) * strip
+            for k in range(min(strip, dim - offset)):
+                i = np.uintp(offset + k)
+                g = gate[b, t, i] if gated else one - lam[b, t, i]
+                w = source[b, t, i] + rows[0, i]
+                v = g * u[b, t, 0, i]
+                q0 += v * w
+                g0 += v * u[b, t, 0, i]
+                rows[1, i] = w
     else:
         for i in range(dim):
             decay = lam[b, t, i]
@@ -60,12 +74,27 @@ def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, 
     rank, dim = u.shape[2], u.shape[3]
     zero, one = source.dtype.type(0), source.dtype.type(1)
     if adjoint:
-        for i in range(dim):
-            g = gate[b, t, i] if gated else one - lam[b, t, i]
-            w = source[b, t, i] + rows[0, i]
-            rows[1, i] = w
-            rows[2, i] = g
-            rows[3, i] = g * w
+        strip = STRIP_BYTES // source.itemsize
+        strips = -(-dim // strip)
+        for n in range(strips):
+            offset = (strips - 1 - n) * strip
+            for k in range(min(strip, dim - offset)):
+                i = np.uintp(offset + k)
+                g = gate[b, t, i] if gated else one - lam[b, t, i]
+                w = source[b, t, i] + rows[0, i]
+                rows[1, i] = w
+                rows[2, i] = g
+                rows[3, i] = g * w
+        for back in range(rank):
+            m = rank - 1 - back
+            qm = zero
+            for n in range(strips):
+                offset = (strips - 1 - n) * strip
+                for k in range(min(strip, dim - offset)):
+                    i = np.uintp(offset + k)
+                    qm += u[b, t, m, i] * rows[3, i]
+                    rows[4 + m, i] = rows[2, i] * u[b, t, m, i]
+            q[m] = qm
     else:
         for i in range(dim):
             decay = lam[b, t, i]
@@ -75,19 +104,15 @@ def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, 
             rows[1, i] = w
             rows[2, i] = g
             rows[3, i] = x - w
+        for m in range(rank):
+            qm, pm = zero, zero
+            for i in range(dim):
+                qm += u[b, t, m, i] * rows[3, i]
+                pm += u[b, t, m, i] * source[b, t, i]
+                rows[4 + m, i] = rows[2, i] * u[b, t, m, i]
+            q[m] = qm
+            p[m] = pm
     for k in range(rank):
-        qk, pk = zero, zero
-        if adjoint:
-            for i in range(dim):
-                qk += u[b, t, k, i] * rows[3, i]
-                rows[4 + k, i] = rows[2, i] * u[b, t, k, i]
-        else:
-            for i in range(dim):
-                qk += u[b, t, k, i] * rows[3, i]
-                pk += u[b, t, k, i] * source[b, t, i]
-                rows[4 + k, i] = rows[2, i] * u[b, t, k, i]
-        q[k] = qk
-        p[k] = pk
         for m in range(k + 1):
             dot = zero
             for i in range(dim):

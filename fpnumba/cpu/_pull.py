@@ -13,7 +13,7 @@ Memory traffic: everything read once and written once, also where the adjoint is
 
 import numpy as np
 
-from fpnumba.cpu._jit import entry, from_bits, inlined, kernel, stream_end, stream_row
+from fpnumba.cpu._jit import STRIP_BYTES, entry, from_bits, inlined, kernel, stream_end, stream_row
 from fpnumba.cpu._lowrank import (
     first_row,
     iterate_step,
@@ -31,27 +31,36 @@ D_ROW, E_ROW, LAM_ROW, GATE_ROW, EXTRA_ROWS = 0, 1, 2, 3, 4
 
 
 @inlined
-def differences(b, t, lam, gate, gated, x, h, rows, first):
-    """``d = x - h`` and ``e = g * s``"""
+def differences(b, t, u, lam, gate, gated, x, h, rows, first, c, k):
+    """``d = x - h``, ``e = g * s``, and for one vector ``c = U d`` and ``k = U e``."""
     dim = x.shape[2]
-    one = x.dtype.type(1)
-    for i in range(dim):
-        g = gate[b, t, i] if gated else one - lam[b, t, i]
-        rows[first, i] = x[b, t, i] - h[b, t, i]
-        rows[first + 1, i] = g * rows[3, i]
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    strip = STRIP_BYTES // x.itemsize
+    strips = -(-dim // strip)
+    c0, k0 = zero, zero
+    for n in range(strips):
+        offset = (strips - 1 - n) * strip
+        for m in range(min(strip, dim - offset)):
+            i = np.uintp(offset + m)
+            g = gate[b, t, i] if gated else one - lam[b, t, i]
+            d, e = x[b, t, i] - h[b, t, i], g * rows[3, i]
+            rows[first, i] = d
+            rows[first + 1, i] = e
+            c0 += u[b, t, 0, i] * d
+            k0 += u[b, t, 0, i] * e
+    c[0], k[0] = c0, k0
 
 
 @inlined
 def projections(b, t, u, rows, first, c, k):
-    """``c = U d`` and ``k = U e``"""
+    """``c = U d`` and ``k = U e`` but for the first vector."""
     rank, dim = u.shape[2], u.shape[3]
-    for m in range(rank):
+    for m in range(1, rank):
         cm, km = rows.dtype.type(0), rows.dtype.type(0)
         for i in range(dim):
             cm += u[b, t, m, i] * rows[first, i]
             km += u[b, t, m, i] * rows[first + 1, i]
-        c[m] = cm
-        k[m] = km
+        c[m], k[m] = cm, km
 
 
 @inlined
@@ -146,6 +155,19 @@ def pull_any_rank(b, t, u, product, lam_is_gate, x, h, initial, rows, y, z):
 
 
 @inlined
+def load(source, b, t, rows, row):
+    """Downwards, see `fpnumba.cpu._jit.STRIP_BYTES`."""
+    dim = source.shape[2]
+    strip = STRIP_BYTES // source.itemsize
+    strips = -(-dim // strip)
+    for n in range(strips):
+        offset = (strips - 1 - n) * strip
+        for m in range(min(strip, dim - offset)):
+            i = np.uintp(offset + m)
+            rows[row, i] = source[b, t, i]
+
+
+@inlined
 def store(target, b, t, rows, row, stream):
     steps, dim = target.shape[1], target.shape[2]
     if stream:
@@ -162,12 +184,12 @@ def pull_segment(
     counts, change, scale, status, rcond,
     rows, q, p, y, z, bound, rho, spare, gram, plain, S, system,
 ):  # fmt: skip
-    """Steps ``begin`` to ``end`` of one sequence; backwards, where the adjoint is solved on the way."""
+    """Steps ``begin`` to ``end`` of one sequence, counted from the last one backwards."""
     _, steps, dim = x.shape
     rank = u.shape[2]
     first = 4 + rank
     for n in range(begin, end):
-        t = steps - 1 - n if solving else n
+        t = steps - 1 - n
         if solving:
             if n == begin:
                 first_row(b, t, True, False, False, lam, initial, s, rows)
@@ -199,11 +221,10 @@ def pull_segment(
             scale[b, 0] = max(scale[b, 0], largest)
             put_row(b, t, s, rows, 3, stream, False)
         else:
-            for i in range(dim):
-                rows[3, i] = s[b, t, i]
+            load(s, b, t, rows, 3)
             if product and rank > 1:
                 products(b, t, u, plain)
-        differences(b, t, lam, gate, gated, x, h, rows, first)
+        differences(b, t, u, lam, gate, gated, x, h, rows, first, q, p)
         projections(b, t, u, rows, first, q, p)
         weights(b, t, alpha, product, plain, q, p, alpha_bar, y, z)
         if rank == 1:

@@ -184,5 +184,16 @@ def cotangent(kind: Any, params: Params, x: Array, ybar: Array) -> Params:
     batch, steps, _ = x.shape
     segments = time_segments(batch, steps)
     work = sum(a.size for a in params)
-    _threads.run(_cotangent, batch * segments, work, p, as_mixer(kind, bars), x, ybar, block_size(p), work_size(p), segments)
+    _threads.run(
+        _cotangent,
+        batch * segments,
+        work,
+        p,
+        as_mixer(kind, bars),
+        x,
+        ybar,
+        block_size(p),
+        work_size(p),
+        segments,
+    )
     return bars

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.cpu import _threads, memory
-from fpnumba.cpu._jit import entry, kernel, stream_end, stream_row, streams
+from fpnumba.cpu._jit import STRIP_BYTES, entry, kernel, stream_end, stream_row, streams
 from fpnumba.cpu.selective import selective_scan, selective_scan_vjp
 
 __all__ = ["linear_scan", "linear_scan_vjp", "selective_scan", "selective_scan_vjp"]
@@ -21,26 +21,28 @@ Array: TypeAlias = NDArray[np.floating[Any]]
 def _scan(first, last, lam, x, initial, h, reverse, blocks, stream):
     """Tasks are sequences times channel blocks."""
     _, steps, dim = x.shape
+    strip = STRIP_BYTES // x.itemsize
     state = np.empty(dim, x.dtype)
     for task in range(first, last):
         b, j = task // blocks, task % blocks
         begin, width = block_bounds(dim, blocks, j)
+        strips = -(-width // strip)
         for i in range(width):
             d = np.uintp(begin + i)
             state[d] = initial[b, d]
         for k in range(steps):
             t = steps - 1 - k if reverse else k
-            if stream:
-                for i in range(width):
-                    d = np.uintp(begin + i)
+            for n in range(strips):
+                offset = (strips - 1 - n if reverse else n) * strip
+                for i in range(min(strip, width - offset)):
+                    d = np.uintp(begin + offset + i)
                     state[d] = lam[b, t, d] * state[d] + x[b, t, d]
+            if stream:
                 stream_row(h, (b * steps + t) * dim + begin, state, begin, width)
             else:
                 for i in range(width):
                     d = np.uintp(begin + i)
-                    value = lam[b, t, d] * state[d] + x[b, t, d]
-                    state[d] = value
-                    h[b, t, d] = value
+                    h[b, t, d] = state[d]
     stream_end()
 
 
@@ -48,25 +50,28 @@ def _scan(first, last, lam, x, initial, h, reverse, blocks, stream):
 def _scan_vjp(first, last, lam, h, initial, hbar, lam_bar, x_bar, initial_bar, reverse, blocks, stream):
     """``s_t = hbar_t + lam_{t+1} s_{t+1}``; all three inputs read once, both results written once."""
     _, steps, dim = h.shape
+    strip = STRIP_BYTES // h.itemsize
     state = np.empty(dim, h.dtype)  # lam_{t+1} s_{t+1}
     rows = np.empty((2, dim), h.dtype)
     for task in range(first, last):
         b, j = task // blocks, task % blocks
         begin, width = block_bounds(dim, blocks, j)
+        strips = -(-width // strip)
         for i in range(width):
-            d = np.uintp(begin + i)
-            state[d] = 0
+            state[np.uintp(begin + i)] = 0
         for k in range(steps):
             t = k if reverse else steps - 1 - k
             before = t + 1 if reverse else t - 1
             inside = 0 <= before < steps
             row = before if inside else t
-            for i in range(width):
-                d = np.uintp(begin + i)
-                s = hbar[b, t, d] + state[d]
-                state[d] = lam[b, t, d] * s
-                rows[0, d] = s
-                rows[1, d] = s * (h[b, row, d] if inside else initial[b, d])
+            for n in range(strips):
+                offset = (n if reverse else strips - 1 - n) * strip
+                for i in range(min(strip, width - offset)):
+                    d = np.uintp(begin + offset + i)
+                    s = hbar[b, t, d] + state[d]
+                    state[d] = lam[b, t, d] * s
+                    rows[0, d] = s
+                    rows[1, d] = s * (h[b, row, d] if inside else initial[b, d])
             at = (b * steps + t) * dim + begin
             if stream:
                 stream_row(x_bar, at, rows, begin, width)

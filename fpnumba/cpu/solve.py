@@ -166,7 +166,9 @@ def _solve(
         matrices = (u, alpha, kind == "householder", adjoint)
         stopping = (direct, eps, rtol, atol, max_iter, *report)
         stream = streams(value) and segments == 1
-        _threads.run(_lowrank.solve_steps, batch * segments, work, *matrices, *fields, False, *stopping, stream)
+        _threads.run(
+            _lowrank.solve_steps, batch * segments, work, *matrices, *fields, False, *stopping, stream
+        )
         if segments > 1:
             _threads.run(_lowrank.solve_steps, batch, work, *matrices, *fields, True, *stopping, False)
     else:
