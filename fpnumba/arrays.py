@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -51,6 +52,9 @@ class Neighbour(Protocol):
         """Hand `result` over as an array of the kind and dtype of `like`."""
 
 
+_module = cache(importlib.import_module)
+
+
 # --- rooms --------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +65,7 @@ class Room:
     name: str
 
     def _door(self, name: str) -> ModuleType:
-        return importlib.import_module(f"fpnumba.{self.name}.{name}")
+        return _module(f"fpnumba.{self.name}.{name}")
 
     @property
     def scan(self) -> ModuleType:
@@ -198,10 +202,11 @@ def kind_of(argument: str, array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
+@cache
 def neighbour(kind: str) -> Neighbour:
     """The file that exchanges arrays of this kind."""
     known = kind if kind in ("numpy", "jax", "torch") else "dlpack"
-    module: Any = importlib.import_module(f"fpnumba.interop.{known}")
+    module: Any = _module(f"fpnumba.interop.{known}")
     return module  # type: ignore[no-any-return]
 
 
@@ -254,7 +259,9 @@ class Checked:
         view, rank = self._views[name], self._rank[name]
         if rank >= 0:
             trailing = view.shape[view.ndim - rank :]
-            view = np.broadcast_to(view, self.lead + trailing).reshape((self.batch, *trailing))
+            if view.shape != self.lead + trailing:
+                view = np.broadcast_to(view, self.lead + trailing)
+            view = view.reshape((self.batch, *trailing))
         return _for_a_room(view, self.compute)
 
     def get(self, name: str) -> Float | None:
@@ -374,7 +381,8 @@ class _Unlocked:
 
 def _for_a_room(array: Float, dtype: np.dtype[Any]) -> Float:
     """The array itself where a room can read it as it lies; a copy otherwise."""
-    array = np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED"])
+    if not (array.dtype == dtype and array.flags.carray):
+        array = np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED"])
     return array if array.flags.writeable else np.asarray(_Unlocked(array))
 
 

@@ -25,7 +25,9 @@ METHODS = ("auto", "parallel", "chunked", "sequential", "direct")
 ADJOINTS = ("implicit", "one-step", "neumann")
 FAILURES = ("warn", "raise", "ignore")
 
-# Up to this rank a step of the direct way is cheaper than the iterations it replaces.
+# Up to this rank a step of the direct way costs no more than the iterations it replaces. Measured on one core, 64 and
+# 512 channels, to rtol 1e-6: at rank 1 to 4 it is the faster by up to 2.5, at rank 8 they are level, at rank 32 the
+# iterations are the faster by 1.3 to 5.
 DIRECT_RANK = 8
 # With fewer iterations than this, their number is part of the model rather than a safety net.
 FEW_ITERATIONS = 64

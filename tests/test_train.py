@@ -235,11 +235,16 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
 
 
 def test_the_second_signal_is_the_callers(tmp_path: Path) -> None:
-    with loop.Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.raised
-        with pytest.raises(KeyboardInterrupt):
+    # A shell's background job starts with the signal ignored, and so would the caller's handler be.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with loop.Interrupt() as interrupt:
             signal.raise_signal(signal.SIGINT)
+            assert interrupt.raised
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_trains_in_a_thread_without_touching_signals(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The CPU room: Numba kernels, over threads in sequences, channel blocks or segments of time.
 
-It has the doors of the reference room in the same files: ``scan``, ``mixers`` and ``solve``. Arrays are C-contiguous, ``(B, T, D)``, float32 or float64, all of
+It has the doors of the reference room in the same files: ``scan``, ``mixers`` and ``solve``. Arrays are
+C-contiguous, ``(B, T, D)``, float32 or float64, all of
 one dtype; nothing is compiled before the first call, and what is compiled is kept on disk.
 """
 
@@ -15,7 +16,8 @@ def info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``threads`` (how many), ``threading_layer`` (Numba's, if something has started it: this room needs none), ``numba``
+        ``threads`` (how many), ``threading_layer`` (Numba's, if something has started it: this room needs
+        none), ``numba``
         (version), ``cache`` (folder of the compiled kernels), ``memory`` (bytes of result memory kept for reuse).
 
     Examples

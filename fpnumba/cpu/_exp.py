@@ -1,7 +1,7 @@
 """An exponential that LLVM can vectorise: Numba's own is a call per number wherever Intel's SVML is missing.
 
-``exp(x) = 2^n exp(r)`` with ``n = round(x / ln 2)`` and ``|r| <= ln 2 / 2``, by its Taylor series. Within 2 units of rounding.
-Where the result would be subnormal it is zero.
+``exp(x) = 2^n exp(r)`` with ``n = round(x / ln 2)`` and ``|r| <= ln 2 / 2``, by its Taylor series. Within 2
+units of rounding. Where the result would be subnormal it is zero.
 """
 
 import math

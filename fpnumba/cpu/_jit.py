@@ -21,12 +21,13 @@ except ImportError:  # Windows has other locks; there, two processes that compil
 # What lets LLVM vectorise a sum. Not `nnan` or `ninf`: a NaN or an infinity must stay what it is.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
-# Results at least this large leave the cache anyway: they are written past it, which saves reading them first.
-STREAM_BYTES = 1 << 23
+# A call that touches more bytes than this leaves little of its results in the cache anyway: they are written
+# past it, which saves reading them first.
+STREAM_BYTES = 1 << 24
 
 # Kernels that go back in time take each row in strips of this many bytes, the last strip first. Memory is then read
-# downwards all along, which hardware prefetches; rows that are read upwards, one below the other, it takes for many short
-# beginnings, and the kernel runs at half the speed.
+# downwards all along, which hardware prefetches; rows that are read upwards, one below the other, it takes for
+# many short beginnings, and the kernel runs at half the speed.
 STRIP_BYTES = 256
 
 
@@ -83,8 +84,8 @@ class _CacheFile(caching.IndexDataCacheFile):
             return super().load(key)
 
 
-# Without Numba's reference counts: it would count, in atomic instructions, whenever an array is sliced or handed on, which
-# takes longer than many of the steps. A kernel gets its memory from whoever calls it.
+# Without Numba's reference counts: it would count, in atomic instructions, whenever an array is sliced or
+# handed on, which takes longer than many of the steps. A kernel gets its memory from whoever calls it.
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "_nrt": False}
 
 
@@ -210,7 +211,8 @@ def prefetch_row(typingctx: Any, source: Any, at: Any, count: Any) -> Any:
             k,
             _,
         ):
-            address = builder.bitcast(builder.gep(base, [k]), pointer)
+            last = builder.sub(builder.sub(args[2], k), ir.Constant(i64, 1))
+            address = builder.bitcast(builder.gep(base, [last]), pointer)
             builder.call(function, [address, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
         return context.get_dummy_value()
 
@@ -228,7 +230,8 @@ def stream_end(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-def streams(array: Any) -> bool:
-    """Whether rows of `array`, along its last axis, should be and can be written by `stream_row`."""
-    row = array.shape[-1] * array.itemsize
-    return bool(array.nbytes >= STREAM_BYTES and row % 32 == 0 and array.ctypes.data % 32 == 0)
+def streams(touched: int, *results: Any) -> bool:
+    """Whether `results` should be written by `stream_row`, and can be: a call touches so many bytes."""
+    if touched < STREAM_BYTES:
+        return False
+    return all(a.shape[-1] * a.itemsize % 32 == 0 and a.ctypes.data % 32 == 0 for a in results)

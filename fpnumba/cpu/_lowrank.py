@@ -1,12 +1,16 @@
 """Low-rank mixers, step after step: ``P = U^T S U`` of rank ``r`` leaves ``r`` unknown numbers per step.
 
-Section 3 of docs/mathematics.md. With ``w = lam * h_{t-1} + g * x`` (F) is ``h = w - g * U^T S rho``, and ``rho = U (x - h)``
-obeys ``rho = U (x - w) + G S rho`` with ``G = U diag(g) U^T``: solved directly, or iterated from ``U (x - h^0)``, which gives
+Section 3 of docs/mathematics.md. With ``w = lam * h_{t-1} + g * x`` (F) is ``h = w - g * U^T S rho``, and
+``rho = U (x - h)``
+obeys ``rho = U (x - w) + G S rho`` with ``G = U diag(g) U^T``: solved directly, or iterated from ``U (x -
+h^0)``, which gives
 the iterates ``h^l`` of (F) exactly. The adjoint likewise, with time reversed: ``w = hbar + lam_{t+1} s_{t+1}``,
 ``s = w + U^T S^T rho`` and ``rho = U (g * s) = U (g * w) + G S^T rho``.
 
-One step is two passes over the channels: the first reads everything and takes all sums, the second writes the result. Its
-data is in the first-level cache by then. However many iterations a step needs, they cost no traffic at all. What is tested
+One step is two passes over the channels: the first reads everything and takes all sums, the second writes the
+result. Its
+data is in the first-level cache by then. However many iterations a step needs, they cost no traffic at all.
+What is tested
 against the tolerance is a bound of the change of the iterate, ``sum_i max_d |g u_i| |d(S rho)_i|``, exact for rank one.
 
 Memory traffic: ``lam``, ``source`` and ``u`` read once (and the gate, if there is one), the result written once.
@@ -34,7 +38,10 @@ LARGEST = float(np.finfo(np.float64).max)
 
 @inlined
 def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
-    """First pass for one vector: ``w``, ``v = g u``, ``q``, ``p`` and ``G``."""
+    """First pass for one vector: ``q``, ``p`` and ``G``, and forward ``w`` and ``v = g u``.
+
+    Backwards it goes in strips and stores nothing: where a loop does, it begins with a test of what overlaps what.
+    """
     dim = source.shape[2]
     zero, one = source.dtype.type(0), source.dtype.type(1)
     q0, p0, g0 = zero, zero, zero
@@ -46,11 +53,9 @@ def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
             for k in range(min(strip, dim - offset)):
                 i = np.uintp(offset + k)
                 g = gate[b, t, i] if gated else one - lam[b, t, i]
-                w = source[b, t, i] + rows[0, i]
                 v = g * u[b, t, 0, i]
-                q0 += v * w
+                q0 += v * (source[b, t, i] + rows[0, i])
                 g0 += v * u[b, t, 0, i]
-                rows[1, i] = w
     else:
         for i in range(dim):
             decay = lam[b, t, i]
@@ -69,32 +74,37 @@ def sums_rank_one(b, t, u, adjoint, lam, gate, gated, source, rows, q, p, gram):
 
 
 @inlined
-def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain):
-    """First pass for any rank; ``plain`` is ``U U^T``, below the diagonal, which only a product of reflections needs."""
+def sums_backwards(b, t, u, lam, gate, gated, source, rows, q):
+    """``q = U (g * w)`` in strips, and then ``w``, ``v_i = g u_i``."""
     rank, dim = u.shape[2], u.shape[3]
     zero, one = source.dtype.type(0), source.dtype.type(1)
-    if adjoint:
-        strip = STRIP_BYTES // source.itemsize
-        strips = -(-dim // strip)
+    strip = STRIP_BYTES // source.itemsize
+    strips = -(-dim // strip)
+    for back in range(rank):
+        m = rank - 1 - back
+        qm = zero
         for n in range(strips):
             offset = (strips - 1 - n) * strip
             for k in range(min(strip, dim - offset)):
                 i = np.uintp(offset + k)
                 g = gate[b, t, i] if gated else one - lam[b, t, i]
-                w = source[b, t, i] + rows[0, i]
-                rows[1, i] = w
-                rows[2, i] = g
-                rows[3, i] = g * w
-        for back in range(rank):
-            m = rank - 1 - back
-            qm = zero
-            for n in range(strips):
-                offset = (strips - 1 - n) * strip
-                for k in range(min(strip, dim - offset)):
-                    i = np.uintp(offset + k)
-                    qm += u[b, t, m, i] * rows[3, i]
-                    rows[4 + m, i] = rows[2, i] * u[b, t, m, i]
-            q[m] = qm
+                qm += u[b, t, m, i] * (g * (source[b, t, i] + rows[0, i]))
+        q[m] = qm
+    for i in range(dim):
+        rows[1, i] = source[b, t, i] + rows[0, i]
+        rows[2, i] = gate[b, t, i] if gated else one - lam[b, t, i]
+    for m in range(rank):
+        for i in range(dim):
+            rows[4 + m, i] = rows[2, i] * u[b, t, m, i]
+
+
+@inlined
+def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain):
+    """First pass for any rank; ``plain`` is ``U U^T``, below the diagonal, which only a product of reflections needs."""
+    rank, dim = u.shape[2], u.shape[3]
+    zero, one = source.dtype.type(0), source.dtype.type(1)
+    if adjoint:
+        sums_backwards(b, t, u, lam, gate, gated, source, rows, q)
     else:
         for i in range(dim):
             decay = lam[b, t, i]
@@ -161,8 +171,8 @@ def multiply(matrix, vector, result):
 def solve_small(gram, S, q, y, system, rho):
     """``y = S rho``, ``(I - G S) rho = q``; returns an estimate of the reciprocal condition.
 
-    Elimination with row pivoting. The estimate is the smallest pivot against ``1 + ||G S||_1``: what loses digits is the
-    cancellation in ``I - G S``.
+    Elimination with row pivoting. The estimate is the smallest pivot against ``1 + ||G S||_1``: what loses
+    digits is the cancellation in ``I - G S``.
     """
     rank = q.shape[0]
     norm = 0.0
@@ -206,10 +216,11 @@ def solve_small(gram, S, q, y, system, rho):
 
 
 @inlined
-def result_row(b, t, u, adjoint, lam, rows, y):
+def result_row(b, t, u, adjoint, lam, source, rows, y):
     """Second pass: the result of the step, and in row 0 what the next step starts from.
 
-    Returns the row that holds the result and the bits of its largest entry; ``w`` stays as it is.
+    Returns the row that holds the result and the bits of its largest entry. It may be called again with another ``y``:
+    what it starts from stays as it is until `next_state`.
     """
     rank, dim = u.shape[2], u.shape[3]
     size = magnitude_bits(rows.dtype.type(0))
@@ -224,18 +235,31 @@ def result_row(b, t, u, adjoint, lam, rows, y):
                 rows[2, i] = rows[w, i] - yk * rows[4 + k, i]
         w = 2
     y0 = rows.dtype.type(y[0])
-    if adjoint:
+    if not adjoint:
         for i in range(dim):
-            s = rows[w, i] + y0 * u[b, t, 0, i]
+            h = rows[w, i] - y0 * rows[4, i]
+            size = max(size, magnitude_bits(h))
+            rows[0, i] = h
+        return 0, size
+    if rank > 1:
+        for i in range(dim):
+            s = rows[2, i] + y0 * u[b, t, 0, i]
             size = max(size, magnitude_bits(s))
             rows[3, i] = s
-            rows[0, i] = lam[b, t, i] * s
-        return 3, size
-    for i in range(dim):
-        h = rows[w, i] - y0 * rows[4, i]
-        size = max(size, magnitude_bits(h))
-        rows[0, i] = h
-    return 0, size
+    else:
+        for i in range(dim):
+            s = (source[b, t, i] + rows[0, i]) + y0 * u[b, t, 0, i]
+            size = max(size, magnitude_bits(s))
+            rows[3, i] = s
+    return 3, size
+
+
+@inlined
+def next_state(b, t, adjoint, lam, rows):
+    """What the next step starts from, in row 0: ``h_t``, which is there, or ``lam_t s_t``."""
+    if adjoint:
+        for i in range(rows.shape[1]):
+            rows[0, i] = lam[b, t, i] * rows[3, i]
 
 
 @inlined
@@ -330,14 +354,14 @@ def step_share(b, t, steps, adjoint, lam):
 
 @kernel
 def iterate_step(
-    b, t, u, adjoint, lam, steps, rows, gram, S, q, p, y, bound, rho, spare, before, rtol, atol, max_iter
+    b, t, u, adjoint, lam, source, rows, gram, S, q, p, y, bound, rho, spare, before, rtol, atol, max_iter
 ):  # fmt: skip
     """One step the iterative way.
 
     Returns the iterations, the last change, the result's row, its largest entry and whether it converged.
     """
     bounds(b, t, u, adjoint, rows, bound)
-    share = step_share(b, t, steps, adjoint, lam)
+    share = step_share(b, t, source.shape[1], adjoint, lam)
     if adjoint:
         for k in range(y.shape[0]):
             y[k] = 0.0
@@ -348,7 +372,7 @@ def iterate_step(
     look = max_iter == 1 or before == 0 or atol > 0
     while True:
         if look:
-            row, size = result_row(b, t, u, adjoint, lam, rows, y)
+            row, size = result_row(b, t, u, adjoint, lam, source, rows, y)
             largest = np.float64(from_bits(size))
             if count == 1:
                 change = largest
@@ -383,13 +407,13 @@ def solve_segment(
             condition = solve_small(gram, S, q, y, system, rho)
             if not condition >= rcond[b, j]:  # keeps a NaN
                 rcond[b, j] = condition
-            row, size = result_row(b, t, u, adjoint, lam, rows, y)
+            row, size = result_row(b, t, u, adjoint, lam, source, rows, y)
             largest = np.float64(from_bits(size))
             if not np.isfinite(largest):
                 status[b, j] = max(status[b, j], DIVERGED)
         else:
             count, dh, row, largest, converged = iterate_step(
-                b, t, u, adjoint, lam, steps, rows, gram, S, q, p, y, bound, rho, spare, scale[b, j],
+                b, t, u, adjoint, lam, source, rows, gram, S, q, p, y, bound, rho, spare, scale[b, j],
                 rtol, atol, max_iter,
             )  # fmt: skip
             counts[b, t] = max(counts[b, t], count)
@@ -400,6 +424,7 @@ def solve_segment(
             elif not converged:
                 status[b, j] = max(status[b, j], MAX_ITER)
         scale[b, j] = max(scale[b, j], largest)
+        next_state(b, t, adjoint, lam, rows)
         moved = put_row(b, t, value, rows, row, stream, settling)
         if settling and moved <= 2 * eps * scale[b, j]:
             break

@@ -1,10 +1,13 @@
 """Cotangents of all inputs of (F) for low-rank mixers, step after step, the adjoint solved on the way if asked.
 
-Section 6 of docs/mathematics.md. With ``d = x - h``, ``e = g * s``, ``c = U d`` and ``k = U e``, the products of one step
-need nothing but the ``r`` numbers ``c`` and ``k``: reflection ``i`` of a product sees ``v_i = d - sum_{j<i} y_j u_j`` with
+Section 6 of docs/mathematics.md. With ``d = x - h``, ``e = g * s``, ``c = U d`` and ``k = U e``, the products
+of one step
+need nothing but the ``r`` numbers ``c`` and ``k``: reflection ``i`` of a product sees ``v_i = d - sum_{j<i}
+y_j u_j`` with
 ``y_i = alpha_i u_i . v_i`` and, from above, ``w_i = e - sum_{j>i} z_j u_j`` with ``z_i = alpha_i u_i . w_i``, so that
 
-    u_bar_i = -y_i w_i - z_i v_i,   alpha_bar_i = -(u_i . v_i)(u_i . w_i),   x_bar = e - sum z_j u_j,   Q d = d - sum y_j u_j.
+    u_bar_i = -y_i w_i - z_i v_i,   alpha_bar_i = -(u_i . v_i)(u_i . w_i),   x_bar = e - sum z_j u_j,
+    Q d = d - sum y_j u_j.
 
 In a sum of terms (DPLR) each sees ``d`` and ``e`` themselves.
 
@@ -17,6 +20,7 @@ from fpnumba.cpu._jit import STRIP_BYTES, entry, from_bits, inlined, kernel, str
 from fpnumba.cpu._lowrank import (
     first_row,
     iterate_step,
+    next_state,
     put_row,
     result_row,
     small_matrix,
@@ -31,31 +35,55 @@ D_ROW, E_ROW, LAM_ROW, GATE_ROW, EXTRA_ROWS = 0, 1, 2, 3, 4
 
 
 @inlined
-def differences(b, t, u, lam, gate, gated, x, h, rows, first, c, k):
-    """``d = x - h``, ``e = g * s``, and for one vector ``c = U d`` and ``k = U e``."""
-    dim = x.shape[2]
+def touch(b, t, u, lam, gate, gated, x, h, s, solving, c, k, touched):
+    """``c = U d`` for the last vector, and ``k = U e`` where ``s`` is given, in strips.
+
+    It is here that a step first reads ``x``, ``h``, and ``h_{t-1}``, of which it takes a sum that nobody needs: see
+    `fpnumba.cpu._jit.STRIP_BYTES`.
+    """
+    rank, dim = u.shape[2], u.shape[3]
     zero, one = x.dtype.type(0), x.dtype.type(1)
     strip = STRIP_BYTES // x.itemsize
     strips = -(-dim // strip)
-    c0, k0 = zero, zero
+    m = rank - 1
+    row = max(t - 1, 0)
+    cm, km, nothing = zero, zero, zero
     for n in range(strips):
         offset = (strips - 1 - n) * strip
-        for m in range(min(strip, dim - offset)):
-            i = np.uintp(offset + m)
-            g = gate[b, t, i] if gated else one - lam[b, t, i]
-            d, e = x[b, t, i] - h[b, t, i], g * rows[3, i]
-            rows[first, i] = d
-            rows[first + 1, i] = e
-            c0 += u[b, t, 0, i] * d
-            k0 += u[b, t, 0, i] * e
-    c[0], k[0] = c0, k0
+        if solving:
+            for j in range(min(strip, dim - offset)):
+                i = np.uintp(offset + j)
+                cm += u[b, t, m, i] * (x[b, t, i] - h[b, t, i])
+                nothing += h[b, row, i]
+        else:
+            for j in range(min(strip, dim - offset)):
+                i = np.uintp(offset + j)
+                g = gate[b, t, i] if gated else one - lam[b, t, i]
+                cm += u[b, t, m, i] * (x[b, t, i] - h[b, t, i])
+                km += u[b, t, m, i] * (g * s[b, t, i])
+                nothing += h[b, row, i]
+    c[m] = cm
+    k[m] = km
+    touched[0] = nothing
+
+
+@inlined
+def differences(b, t, lam, gate, gated, x, h, rows, first):
+    """``d = x - h`` and ``e = g * s``"""
+    dim = x.shape[2]
+    one = x.dtype.type(1)
+    for i in range(dim):
+        g = gate[b, t, i] if gated else one - lam[b, t, i]
+        rows[first, i] = x[b, t, i] - h[b, t, i]
+        rows[first + 1, i] = g * rows[3, i]
 
 
 @inlined
 def projections(b, t, u, rows, first, c, k):
-    """``c = U d`` and ``k = U e`` but for the first vector."""
+    """``c = U d`` and ``k = U e``"""
     rank, dim = u.shape[2], u.shape[3]
-    for m in range(1, rank):
+    for back in range(rank):
+        m = rank - 1 - back
         cm, km = rows.dtype.type(0), rows.dtype.type(0)
         for i in range(dim):
             cm += u[b, t, m, i] * rows[first, i]
@@ -97,21 +125,27 @@ def weights(b, t, alpha, product, plain, c, k, alpha_bar, y, z):
 
 
 @inlined
-def pull_rank_one(b, t, u, lam_is_gate, x, h, initial, rows, y, z):
+def pull_rank_one(b, t, u, lam, gate, gated, x, h, initial, rows, y, z):
     """All rows of a step for one vector. Row 4 becomes ``u_bar``, 5 ``x_bar``, then those of ``lam`` and the gate."""
     dim = x.shape[2]
+    one = x.dtype.type(1)
     y0, z0 = rows.dtype.type(y[0]), rows.dtype.type(z[0])
     inside = t > 0
     row = t - 1 if inside else 0
     for i in range(dim):
         before = h[b, row, i] if inside else initial[b, i]
+        g = gate[b, t, i] if gated else one - lam[b, t, i]
         s = rows[3, i]
-        d, e = rows[5, i], rows[6, i]
-        mixed = x[b, t, i] - y0 * u[b, t, 0, i]
-        rows[4, i] = -(y0 * e) - z0 * d
-        rows[5, i] = e - z0 * u[b, t, 0, i]
-        rows[7, i] = s * (before - mixed) if lam_is_gate else s * before
-        rows[8, i] = s * mixed
+        e = g * s
+        vector = u[b, t, 0, i]
+        mixed = x[b, t, i] - y0 * vector
+        rows[4, i] = -(y0 * e) - z0 * (x[b, t, i] - h[b, t, i])
+        rows[5, i] = e - z0 * vector
+        if gated:
+            rows[7, i] = s * before
+            rows[8, i] = s * mixed
+        else:
+            rows[7, i] = s * (before - mixed)
 
 
 @inlined
@@ -155,19 +189,6 @@ def pull_any_rank(b, t, u, product, lam_is_gate, x, h, initial, rows, y, z):
 
 
 @inlined
-def load(source, b, t, rows, row):
-    """Downwards, see `fpnumba.cpu._jit.STRIP_BYTES`."""
-    dim = source.shape[2]
-    strip = STRIP_BYTES // source.itemsize
-    strips = -(-dim // strip)
-    for n in range(strips):
-        offset = (strips - 1 - n) * strip
-        for m in range(min(strip, dim - offset)):
-            i = np.uintp(offset + m)
-            rows[row, i] = source[b, t, i]
-
-
-@inlined
 def store(target, b, t, rows, row, stream):
     steps, dim = target.shape[1], target.shape[2]
     if stream:
@@ -182,7 +203,7 @@ def pull_segment(
     b, begin, end, u, alpha, product, lam, gate, gated, x, initial, h, s,
     lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol, max_iter,
     counts, change, scale, status, rcond,
-    rows, q, p, y, z, bound, rho, spare, gram, plain, S, system,
+    rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` of one sequence, counted from the last one backwards."""
     _, steps, dim = x.shape
@@ -203,12 +224,12 @@ def pull_segment(
                 condition = solve_small(gram, S, q, y, system, rho)
                 if not condition >= rcond[b, 0]:  # keeps a NaN
                     rcond[b, 0] = condition
-                _, size = result_row(b, t, u, True, lam, rows, y)
+                _, size = result_row(b, t, u, True, lam, hbar, rows, y)
                 largest = np.float64(from_bits(size))
                 dh, converged = 0.0, True
             else:
                 count, dh, _, largest, converged = iterate_step(
-                    b, t, u, True, lam, steps, rows, gram, S, q, p, y, bound, rho, spare, scale[b, 0],
+                    b, t, u, True, lam, hbar, rows, gram, S, q, p, y, bound, rho, spare, scale[b, 0],
                     rtol, atol, max_iter,
                 )  # fmt: skip
                 counts[b, t] = count
@@ -219,16 +240,22 @@ def pull_segment(
             elif not converged:
                 status[b, 0] = max(status[b, 0], MAX_ITER)
             scale[b, 0] = max(scale[b, 0], largest)
+            next_state(b, t, True, lam, rows)
             put_row(b, t, s, rows, 3, stream, False)
-        else:
-            load(s, b, t, rows, 3)
+        touch(b, t, u, lam, gate, gated, x, h, s, solving, c, k, spare)
+        if not solving:
+            for i in range(dim):
+                rows[3, i] = s[b, t, i]
             if product and rank > 1:
                 products(b, t, u, plain)
-        differences(b, t, u, lam, gate, gated, x, h, rows, first, q, p)
-        projections(b, t, u, rows, first, q, p)
-        weights(b, t, alpha, product, plain, q, p, alpha_bar, y, z)
+        if rank > 1:
+            differences(b, t, lam, gate, gated, x, h, rows, first)
+            projections(b, t, u, rows, first, c, k)
+        elif solving:
+            k[0] = q[0] + gram[0, 0] * y[0]  # U (g * s), without another sum
+        weights(b, t, alpha, product, plain, c, k, alpha_bar, y, z)
         if rank == 1:
-            pull_rank_one(b, t, u, not gated, x, h, initial, rows, y, z)
+            pull_rank_one(b, t, u, lam, gate, gated, x, h, initial, rows, y, z)
         else:
             pull_any_rank(b, t, u, product, not gated, x, h, initial, rows, y, z)
         if stream:
@@ -253,7 +280,8 @@ def pull_steps(
     """Tasks are sequences times segments of time; with `solving`, sequences."""
     steps, rank, dim = u.shape[1], u.shape[2], u.shape[3]
     rows = np.empty((4 + rank + EXTRA_ROWS, dim), x.dtype)
-    q, p, y, z, bound = np.zeros(rank), np.zeros(rank), np.zeros(rank), np.zeros(rank), np.zeros(rank)
+    q, p, c, k = np.zeros(rank), np.zeros(rank), np.zeros(rank), np.zeros(rank)
+    y, z, bound = np.zeros(rank), np.zeros(rank), np.zeros(rank)
     rho, spare = np.zeros(rank), np.zeros(rank)
     gram, plain = np.zeros((rank, rank)), np.zeros((rank, rank))
     S, system = np.zeros((rank, rank)), np.zeros((rank, rank))
@@ -263,6 +291,6 @@ def pull_steps(
             b, steps * j // segments, steps * (j + 1) // segments, u, alpha, product, lam, gate, gated, x, initial,
             h, s, lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol,
             max_iter, counts, change, scale, status, rcond,
-            rows, q, p, y, z, bound, rho, spare, gram, plain, S, system,
+            rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
         )  # fmt: skip
     stream_end()

@@ -135,7 +135,7 @@ def linear_scan(lam: Array, x: Array, initial: Array | None = None, reverse: boo
     h = memory.empty(x.shape, x.dtype)
     blocks = channel_blocks(batch, dim)
     initial = zeros_if_none(initial, (batch, dim), x.dtype)
-    _threads.run(_scan, batch * blocks, x.size, lam, x, initial, h, reverse, blocks, streams(h))
+    _threads.run(_scan, batch * blocks, x.size, lam, x, initial, h, reverse, blocks, streams(3 * h.nbytes, h))
     return h
 
 
@@ -176,6 +176,7 @@ def linear_scan_vjp(
     initial_bar = np.empty((batch, dim), h.dtype)
     blocks = channel_blocks(batch, dim)
     initial = zeros_if_none(initial, (batch, dim), h.dtype)
+    stream = streams(5 * h.nbytes, lam_bar, x_bar)
     arrays = (lam, h, initial, hbar, lam_bar, x_bar, initial_bar)
-    _threads.run(_scan_vjp, batch * blocks, h.size, *arrays, reverse, blocks, streams(h) and streams(x_bar))
+    _threads.run(_scan_vjp, batch * blocks, h.size, *arrays, reverse, blocks, stream)
     return lam_bar, x_bar, initial_bar

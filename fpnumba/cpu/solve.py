@@ -1,6 +1,7 @@
 """The fixed point of (F) and its adjoint in Numba: four ways, one iteration, cotangents.
 
-Sections 3, 6 and 7 of docs/mathematics.md. Low-rank mixers take a chunk of one step, and the direct way, in ``r`` unknowns
+Sections 3, 6 and 7 of docs/mathematics.md. Low-rank mixers take a chunk of one step, and the direct way, in
+``r`` unknowns
 per step (`fpnumba.cpu._lowrank`); everything else iterates all channels of a chunk (`fpnumba.cpu._relax`).
 """
 
@@ -48,8 +49,8 @@ class Solved(NamedTuple):
     iterations : (B,) int64 array
         Applications of the iteration, the most that any chunk took; 1 by the direct way.
     residual : (B,) float64 array
-        ``max|f(h) - h| / max|h|`` of the last iteration, for low-rank mixers and chunks of one step a bound of it; by the
-        direct way, ``eps`` over an estimate of the reciprocal condition.
+        ``max|f(h) - h| / max|h|`` of the last iteration, for low-rank mixers and chunks of one step a bound of
+        it; by the direct way, ``eps`` over an estimate of the reciprocal condition.
     status : (B,) int8 array
         CONVERGED 0, MAX_ITER 1, DIVERGED 2, NONFINITE_INPUT 3, ILL_CONDITIONED 4.
     chunk_iterations : (B, n_chunks) int64 array
@@ -71,8 +72,8 @@ def is_low_rank(kind: Any) -> bool:
 def default_chunk(kind: Any, params: Params, dim: int, dtype: Any) -> int:
     """Steps of a chunk where the caller does not say.
 
-    Low-rank mixers: one, because a step's iterations run over ``r`` numbers and no chunk makes them cheaper. Others: as many
-    as keep the chunk's data in half of a second-level cache of 512 KiB.
+    Low-rank mixers: one, because a step's iterations run over ``r`` numbers and no chunk makes them cheaper.
+    Others: as many as keep the chunk's data in half of a second-level cache of 512 KiB.
 
     Parameters
     ----------
@@ -165,7 +166,7 @@ def _solve(
         work = value.size + u.size
         matrices = (u, alpha, kind == "householder", adjoint)
         stopping = (direct, eps, rtol, atol, max_iter, *report)
-        stream = streams(value) and segments == 1
+        stream = segments == 1 and streams(3 * value.nbytes + u.nbytes, value)
         _threads.run(
             _lowrank.solve_steps, batch * segments, work, *matrices, *fields, False, *stopping, stream
         )
@@ -212,7 +213,8 @@ def _summary(
     limits = np.finfo(value.dtype)
     if direct:
         report.counts[...] = 1
-        residual = float(limits.eps) / report.rcond.min(axis=1) if steps else np.zeros(batch)
+        with np.errstate(divide="ignore"):  # a step that is singular
+            residual = float(limits.eps) / report.rcond.min(axis=1) if steps else np.zeros(batch)
     else:
         with np.errstate(invalid="ignore", over="ignore"):
             residual = report.change.max(axis=1) / np.maximum(report.scale.max(axis=1), float(limits.tiny))
@@ -241,7 +243,8 @@ def solve(
 ) -> Solved:
     """The fixed point of (F), ``h_t = lam_t * h_{t-1} + g_t * (Q_t x_t + (I - Q_t) h_t)``.
 
-    Section 3 of docs/mathematics.md; stopping by section 7: ``max|f(h) - h| <= atol + rtol * max|h|`` for each sequence.
+    Section 3 of docs/mathematics.md; stopping by section 7: ``max|f(h) - h| <= atol + rtol * max|h|`` for each
+    sequence.
 
     Parameters
     ----------
@@ -407,7 +410,8 @@ def iterate_adjoint(
 ) -> Array:
     """One iteration of the adjoint, ``S^T (hbar + P^T (g * s))``.
 
-    Section 6 of docs/mathematics.md. From ``s = 0`` one iteration is the one-step gradient, and ``k + 1`` are Neumann-k.
+    Section 6 of docs/mathematics.md. From ``s = 0`` one iteration is the one-step gradient, and ``k + 1`` are
+    Neumann-k.
 
     Parameters
     ----------
@@ -444,7 +448,8 @@ def rnn_cotangents(
 ) -> tuple[Array, Array | None, Array, Array, Params]:
     """Cotangents of all inputs of (F) from the solution `h` and its adjoint `s`, in one pass over everything.
 
-    Section 6 of docs/mathematics.md. With ``m = Q x + P h``, ``e = g * s`` and ``d = x - h``: ``lam_bar_t = s_t * h_{t-1}``,
+    Section 6 of docs/mathematics.md. With ``m = Q x + P h``, ``e = g * s`` and ``d = x - h``: ``lam_bar_t =
+    s_t * h_{t-1}``,
     or ``s_t * (h_{t-1} - m_t)`` where the gate is ``1 - lam``; ``gate_bar = s * m``, ``x_bar = Q^T e``,
     ``initial_bar = lam_1 * s_1``, and the mixer's cotangent is that of ``Q d`` with ``e`` coming in.
 
@@ -482,7 +487,7 @@ def rnn_cotangents(
     inputs = (lam, lam if gate is None else gate, gate is not None, x, start_state)
     if is_low_rank(kind) and params[0].shape[2] > 0:
         outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, *bars, x_bar)
-        stream = all(streams(a) for a in (lam_bar, x_bar))
+        stream = streams(6 * x.nbytes + 2 * params[0].nbytes, *bars[:1], lam_bar, x_bar)
         unsolved = (x, False, False, 0.0, 0.0, 0.0, 1, *_blank(batch, 1, 1))
         arrays = (*params, kind == "householder", *inputs, h, s, *outputs)
         _threads.run(_pull.pull_steps, batch * segments, work, *arrays, segments, stream, *unsolved)
@@ -516,9 +521,10 @@ def rnn_pullback(
 ) -> tuple[Solved, tuple[Array, Array | None, Array, Array, Params]]:
     """`solve_adjoint` and `rnn_cotangents` in one: the exact gradient of `solve`.
 
-    Section 6 of docs/mathematics.md. For low-rank mixers, by the direct way or in chunks of one step, both happen in one pass
-    over memory, step after step: what the adjoint has read of a step is still in the first-level cache when the cotangents
-    need it.
+    Section 6 of docs/mathematics.md. For low-rank mixers, by the direct way or in chunks of one step, both
+    happen in one pass
+    over memory, step after step: what the adjoint has read of a step is still in the first-level cache when
+    the cotangents need it.
 
     Parameters
     ----------
@@ -570,7 +576,7 @@ def rnn_pullback(
     eps = float(np.finfo(x.dtype).eps)
     inputs = (lam, lam if gate is None else gate, gate is not None, x, start_state, h, value)
     outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, *bars, x_bar)
-    stream = all(streams(a) for a in (value, lam_bar, x_bar))
+    stream = streams(7 * x.nbytes + 2 * params[0].nbytes, value, *bars[:1], lam_bar, x_bar)
     options_ = (1, stream, hbar, True, direct, eps, rtol, atol, max_iter)
     work = 2 * x.size + 2 * params[0].size
     arrays = (*params, kind == "householder", *inputs, *outputs)

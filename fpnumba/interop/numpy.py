@@ -1,5 +1,6 @@
 """NumPy, the library at home: nothing to exchange."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,12 @@ from fpnumba.interop.dlpack import Taken
 
 def dtype_name(array: Any) -> str:
     """Name of the stored dtype; a byte-swapped one has the name of its native twin."""
-    return str(array.dtype.name)
+    return _name(array.dtype)
+
+
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return str(dtype.name)
 
 
 def take(array: Any) -> Taken:

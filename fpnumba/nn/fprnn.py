@@ -11,21 +11,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.arrays import room
-from fpnumba.nn import low_rank, recurrence
+from fpnumba.nn import low_rank, ways
 from fpnumba.nn.activations import check, sigmoid, silu, silu_vjp
 from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
-from fpnumba.nn.mixer_maps import (
-    DenseMap,
-    FixedMap,
-    KroneckerMap,
-    LowRankMap,
-    MixerMap,
-    MixtureMap,
-    MonarchMap,
-    sigmoid_vjp,
-)
+from fpnumba.nn.mixer_maps import FixedMap, LowRankMap, make_map, sigmoid_vjp
 from fpnumba.nn.recurrence import Bars, Cell, Solve
-from fpnumba.solve import Adjoint, Solution, Solver, report
+from fpnumba.solve import Adjoint, Solver, report
 
 Array = NDArray[Any]
 State = dict[str, Array]
@@ -160,38 +151,21 @@ class FPRNN:
         self.weight_norm, self.n_backwards, self.train_mode = weight_norm, n_backwards, train_mode
         self.solver = Solver() if solver is None else solver
         self.adjoint = Adjoint() if adjoint is None else adjoint
-        self.map = self._map()
+        self.map = make_map(
+            mixer,
+            self.d_inner,
+            self.d_inner * (2 if self.hidden and not symmetric else 1),
+            rank=rank,
+            projection_rank=projection_rank,
+            activation=activation,
+            normalization=normalization,
+            alpha_max=self.alpha_max,
+            norm_eps=self.norm_eps,
+            weight_norm=weight_norm,
+        )
         if self.hidden:
-            recurrence.way(self.solver, self.map)
+            ways.way(self.solver, self.map)
         self.norm = RMSNorm(self.d_inner, eps=self.norm_eps)
-
-    def _map(self) -> MixerMap:
-        inputs = self.d_inner * (2 if self.hidden and not self.symmetric else 1)
-        shared: dict[str, Any] = {"activation": self.activation, "weight_norm": self.weight_norm}
-        shared["projection_rank"] = self.projection_rank
-        scaled = {**shared, "alpha_max": self.alpha_max}
-        eps = self.norm_eps
-        if self.mixer in ("householder", "dplr"):
-            return LowRankMap(self.mixer, self.d_inner, inputs, rank=self.rank, norm_eps=eps, **scaled)
-        if self.mixer == "kronecker":
-            return KroneckerMap(
-                self.d_inner, inputs, norm_eps=eps, normalization=self.normalization, **scaled
-            )
-        if self.mixer == "monarch":
-            return MonarchMap(self.d_inner, inputs, block=self.rank, norm_eps=eps, **shared)
-        if self.mixer == "dense":
-            return DenseMap(self.d_inner, inputs, norm_eps=eps, **shared)
-        if self.mixer == "fixed":
-            return FixedMap(self.d_inner)
-        children: list[MixerMap] = []
-        for i in range(self.rank):
-            # the published mixture leaves its parts their own defaults: eps, and no spectral normalisation
-            options = {**scaled, "norm_eps": 1e-5, "prefix": f"mixers.{i}."}
-            if i % 2 == 0:
-                children.append(LowRankMap("householder", self.d_inner, inputs, rank=1, **options))
-            else:
-                children.append(KroneckerMap(self.d_inner, inputs, normalization="rows", **options))
-        return MixtureMap(tuple(children), inputs, weight_norm=self.weight_norm)
 
     # --- parameters ----------------------------------------------------------------------------------------
 
@@ -378,7 +352,7 @@ class FPRNN:
 
     def _way(self) -> str:
         if self.hidden:
-            return recurrence.way(self.solver, self.map)
+            return ways.way(self.solver, self.map)
         low_rank = self.rank if self.mixer in ("householder", "dplr") else None
         return self.solver.way(low_rank)
 
@@ -391,15 +365,15 @@ class FPRNN:
     def _solve(self, cell: Cell, record: Record, lead: tuple[int, ...], *, keep: bool) -> Solve:
         solver, way = self._solver(), self._way()
         if way == "parallel":
-            found = recurrence.solve_parallel(cell, solver, further=self.n_backwards)
+            found = ways.solve_parallel(cell, solver, further=self.n_backwards)
         elif not self.hidden:
-            found = recurrence.solve_given(cell, solver, way)
+            found = ways.solve_given(cell, solver, way)
         elif way == "chunked":
-            found = recurrence.solve_chunked(cell, solver)
+            found = ways.solve_chunked(cell, solver)
         else:
             found = self._sequential(cell, keep=keep)
         if record is not None or solver.on_failure != "ignore":
-            solution = lead_axes(found.solution, lead)
+            solution = ways.lead_axes(found.solution, lead)
             if record is not None:
                 record.append(solution)
             report("FPRNN", solution, solver.on_failure, quantile=solver.quantile)
@@ -408,20 +382,20 @@ class FPRNN:
     def _sequential(self, cell: Cell, *, keep: bool) -> Solve:
         if isinstance(self.map, LowRankMap) and room().name == "cpu":
             return low_rank.solve(cell, self.map, keep=keep)
-        return recurrence.solve_sequential(cell, self._solver(), keep=keep)
+        return ways.solve_sequential(cell, self._solver(), keep=keep)
 
     def _pull(self, cell: Cell, found: Solve, h_bar: Array) -> Bars:
         adjoint = self.adjoint
         if adjoint.method == "one-step":
-            return recurrence.pull_chain(cell, found, h_bar)
+            return ways.pull_chain(cell, found, h_bar)
         if adjoint.method == "neumann":
-            return recurrence.pull_neumann(cell, found.h, h_bar, adjoint.terms or 0)
+            return ways.pull_neumann(cell, found.h, h_bar, adjoint.terms or 0)
         if found.steps and isinstance(found.steps[0], low_rank.Kept) and isinstance(self.map, LowRankMap):
             bars, solution = low_rank.pull(cell, self.map, found, h_bar)
         elif self.hidden:
-            bars, solution = recurrence.pull_sequential(cell, found, h_bar, adjoint, self.solver)
+            bars, solution = ways.pull_sequential(cell, found, h_bar, adjoint, self.solver)
         else:
-            bars, solution = recurrence.pull_given(cell, found, h_bar, adjoint, self.solver)
+            bars, solution = ways.pull_given(cell, found, h_bar, adjoint, self.solver)
         report("adjoint of FPRNN", solution, adjoint.on_failure)
         return bars
 
@@ -481,7 +455,7 @@ class FPRNN:
         before = np.ascontiguousarray(state["h"]).reshape(-1, inner)
         cell = self._cell(params, one(branches["mixer"]), one(lam), one(b * branches["x"]), before)
         found = self._sequential(cell, keep=False)
-        report("FPRNN.step", lead_axes(found.solution, lead), self.solver.on_failure)
+        report("FPRNN.step", ways.lead_axes(found.solution, lead), self.solver.on_failure)
         h = found.h.reshape(*lead, inner)
 
         if self.short_conv is not None:
@@ -496,16 +470,3 @@ class FPRNN:
         c = silu(np.concatenate([seen_x, seen_h], axis=-1) @ params["c_proj.weight"].T)
         normed = self.norm({"weight": params["output_norm.weight"]}, silu(z) * (c * h))
         return normed @ params["output_trans.weight"].T, {"h": h, **after}
-
-
-def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:
-    """The same solution in the shape of the caller's leading axes."""
-    return replace(
-        solution,
-        value=solution.value.reshape(*lead, *solution.value.shape[1:]),
-        status=solution.status.reshape(lead),
-        iterations=solution.iterations.reshape(lead),
-        residual=solution.residual.reshape(lead),
-        chunk_iterations=solution.chunk_iterations.reshape(*lead, solution.chunk_iterations.shape[-1]),
-        history=None if solution.history is None else solution.history.reshape(len(solution.history), *lead),
-    )

@@ -1,7 +1,7 @@
 """The sequential way with a Householder or DPLR mixer, fused: one matrix product and one compiled loop per
 step.
 
-Does what :func:`fpnumba.nn.recurrence.solve_sequential` and ``pull_sequential`` do with the doors of a room;
+Does what :func:`fpnumba.nn.ways.solve_sequential` and ``pull_sequential`` do with the doors of a room;
 tests hold the two to each other.
 """
 
@@ -94,7 +94,7 @@ def solve(cell: Cell, map: LowRankMap, *, keep: bool) -> Solve:
 
 
 def pull(cell: Cell, map: LowRankMap, found: Solve, hbar: Array) -> tuple[Bars, Solution]:
-    """The exact gradient, backward in time; see :func:`fpnumba.nn.recurrence.pull_sequential`."""
+    """The exact gradient, backward in time; see :func:`fpnumba.nn.ways.pull_sequential`."""
     kept: Kept = found.steps[0]
     batch, steps, dim = cell.v.shape
     bars, hbar = Bars.zeros(cell), np.ascontiguousarray(hbar)

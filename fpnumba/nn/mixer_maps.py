@@ -16,54 +16,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.linalg import expm, expm_frechet
 
-from fpnumba.arrays import room
 from fpnumba.cpu._threads import run
 from fpnumba.nn import mixer_kernels as kernels
 from fpnumba.nn.activations import activate, activate_vjp, sigmoid
 from fpnumba.nn.basic import Params, rows
+from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Part, Stack, divisors, triangle
 
 Array = NDArray[Any]
-# A mixer as a room takes it, or for "mixture" a list of (kind, params), the first of which is applied first.
-Mixer = tuple[str, Any]
 Built = tuple[Mixer, Any]
-
-
-def apply(mixer: Mixer, x: Array) -> Array:
-    """``Q x``, ``x (B, T, D)``."""
-    kind, params = mixer
-    if kind == "mixture":
-        for one in params:
-            x = apply(one, x)
-        return x
-    y: Array = room().mixers.apply(kind, params, x)
-    return y
-
-
-def apply_transpose(mixer: Mixer, y: Array) -> Array:
-    """``Q^T y``, ``y (B, T, D)``."""
-    kind, params = mixer
-    if kind == "mixture":
-        for one in reversed(params):
-            y = apply_transpose(one, y)
-        return y
-    x: Array = room().mixers.apply_transpose(kind, params, y)
-    return x
-
-
-def cotangent(mixer: Mixer, x: Array, ybar: Array) -> Any:
-    """Cotangents of the parameters for ``y = Q x``; for "mixture" a list of such tuples."""
-    kind, params = mixer
-    if kind != "mixture":
-        return room().mixers.cotangent(kind, params, x, ybar)
-    inputs = [x]
-    for one in params[:-1]:
-        inputs.append(apply(one, inputs[-1]))
-    bars = []
-    for one, seen in zip(reversed(params), reversed(inputs), strict=True):
-        bars.append(cotangent(one, seen, ybar))
-        ybar = apply_transpose(one, ybar)
-    return bars[::-1]
 
 
 def sigmoid_vjp(y: Array, ybar: Array) -> Array:
@@ -403,3 +364,44 @@ class MixtureMap(MixerMap):
     def build_vjp(self, a: Array, kept: Any, bars: Any) -> Array:
         pieces = zip(self.children, self._pieces(a), kept, bars, strict=True)
         return np.concatenate([child.build_vjp(piece, k, bar) for child, piece, k, bar in pieces], axis=-1)
+
+
+def make_map(
+    mixer: str,
+    dim: int,
+    inputs: int,
+    *,
+    rank: int,
+    projection_rank: int | None,
+    activation: str,
+    normalization: str,
+    alpha_max: float,
+    norm_eps: float,
+    weight_norm: bool,
+) -> MixerMap:
+    """The map of a mixer by its name in :class:`fpnumba.nn.FPRNN`, whose options these are."""
+    shared: dict[str, Any] = {
+        "projection_rank": projection_rank,
+        "activation": activation,
+        "weight_norm": weight_norm,
+    }
+    scaled = {**shared, "alpha_max": alpha_max}
+    if mixer in ("householder", "dplr"):
+        return LowRankMap(mixer, dim, inputs, rank=rank, norm_eps=norm_eps, **scaled)
+    if mixer == "kronecker":
+        return KroneckerMap(dim, inputs, norm_eps=norm_eps, normalization=normalization, **scaled)
+    if mixer == "monarch":
+        return MonarchMap(dim, inputs, block=rank, norm_eps=norm_eps, **shared)
+    if mixer == "dense":
+        return DenseMap(dim, inputs, norm_eps=norm_eps, **shared)
+    if mixer == "fixed":
+        return FixedMap(dim)
+    children: list[MixerMap] = []
+    for i in range(rank):
+        # the published mixture leaves its parts their own defaults: eps, and no spectral normalisation
+        options = {**scaled, "norm_eps": 1e-5, "prefix": f"mixers.{i}."}
+        if i % 2 == 0:
+            children.append(LowRankMap("householder", dim, inputs, rank=1, **options))
+        else:
+            children.append(KroneckerMap(dim, inputs, normalization="rows", **options))
+    return MixtureMap(tuple(children), inputs, weight_norm=weight_norm)

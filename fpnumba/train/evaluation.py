@@ -17,6 +17,8 @@ from fpnumba.train.folder import Folder, versions
 FORMAT = "fpnumba-evaluation"
 VERSION = 1
 CUTS = (1, 2, 4, 8)
+# Where parallel iterations are counted: how exactly, and over how many sequences.
+COUNT_RTOL, COUNT_BATCH = 1e-4, 64
 # Tokens that pass through the network at a time.
 _TOKENS = 16384
 
@@ -88,7 +90,8 @@ def evaluate(
     -------
     dict
         What is written to ``evaluation.json`` (or ``evaluation-2.json`` and so on): ``networks`` is a list of
-        ``{name, kind, iterations, results}`` with one result per length (see :func:`judge`).
+        ``{name, kind, iterations, results}`` with one result per length (see :func:`judge`; of the network itself
+        also :func:`count`).
 
     Raises
     ------
@@ -116,6 +119,8 @@ def evaluate(
         return {"name": name, "kind": kind, "iterations": cut, "results": results}
 
     networks = [judged("fixed point", "network", model, saved.params)]
+    for result in networks[0]["results"]:
+        result["parallel"] = count(config, saved.params, task, result["length"])
     if folder.baseline.holds_run():
         _, _, held, theirs = load_run(folder.baseline)
         networks.append(judged("held to one iteration", "baseline", held, theirs.params, 1))
@@ -139,6 +144,20 @@ def evaluate(
     return judgement
 
 
+def count(config: Config, params: Arrays, task: WordProblem, length: int) -> dict[str, Any]:
+    """How many parallel iterations, over all steps at once, the fixed point takes at one length.
+
+    Whatever way the network was solved in training: the count is what moves a layer from diagonal (one iteration) to
+    dense (all that it takes).
+    """
+    solver = {"method": "parallel", "rtol": COUNT_RTOL, "max_iter": 16 * length, "on_failure": "ignore"}
+    record: list[Any] = []
+    model = build_model(config, **solver)
+    tokens, _ = task.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
+    model(params, tokens, record=record)
+    return {"rtol": COUNT_RTOL, "batch": COUNT_BATCH, **summary_of(record)}
+
+
 def truncated(iterations: int) -> dict[str, Any]:
     """Options of a solver that stops after so many parallel iterations: part of the model, not a failure."""
     return {"method": "parallel", "max_iter": iterations, "on_failure": "ignore"}
@@ -152,6 +171,13 @@ def baseline_of(config: Config) -> Config:
     layer = with_solver(config.model.get("layer", {}), truncated(1))
     layer["adjoint"] = {"method": "one-step"}
     return config.replace(model={**config.model, "layer": layer}, baseline=False, target_accuracy=None)
+
+
+def _counted(parallel: dict[str, Any]) -> str:
+    """The mean count, marked where some sequences did not get there."""
+    if "iterations" not in parallel:
+        return "-"
+    return f"{'>' if parallel['unconverged'] else ''}{parallel['iterations']:.1f}"
 
 
 def table(judgement: dict[str, Any]) -> str:
@@ -174,11 +200,9 @@ def table(judgement: dict[str, Any]) -> str:
         results = network["results"]
         indent = "  " if network["kind"] == "cut" else ""
         lines.append(row(indent + network["name"], [f"{result['accuracy']:.3f}" for result in results]))
-        if network["kind"] != "network":
-            continue
-        lines.append(row("  its last token alone", [f"{result['last_accuracy']:.3f}" for result in results]))
-        if "iterations" in results[0]:
-            lines.append(row("  iterations, mean", [f"{result['iterations']:.1f}" for result in results]))
-            lines.append(row("  iterations, most", [str(result["iterations_max"]) for result in results]))
+        if network["kind"] == "network":
+            cells = [f"{result['last_accuracy']:.3f}" for result in results]
+            lines.append(row("  its last token alone", cells))
+            lines.append(row("  parallel iterations", [_counted(result["parallel"]) for result in results]))
     lines.append(row("guessing", [f"{1 / judgement['classes']:.3f}"] * len(lengths)))
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from fpnumba.train.extras import need
 from fpnumba.train.folder import Folder, RunError
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision, and in print.
-NETWORK, BASELINE, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+NETWORK, BASELINE, CUT, GREY = "#0072B2", "#D55E00", "#56B4E9", "#8a8a8a"
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -94,7 +94,7 @@ def plot(run: Path | str, *, out: Path | str | None = None) -> list[Path]:
 
 
 def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
-    """Two panels: token accuracy against length, and iterations against length."""
+    """Two panels: token accuracy against length, and parallel iterations against length."""
     left, right = figure.subplots(1, 2)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for network in judgement["networks"]:
@@ -102,51 +102,64 @@ def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
     (network,) = by_kind["network"]
     lengths = [result["length"] for result in network["results"]]
     trained = judgement["trained_length"]
-    task = str(judgement["task"])
+
+    left.set_title(f"Tracking the group {_name(judgement['task'])}: token accuracy")
+    for cut in by_kind.get("cut", []):
+        if cut["iterations"] > 1:
+            _cut_line(left, cut)
+    _series(left, lengths, [r["accuracy"] for r in network["results"]], NETWORK, "o", "fixed-point RNN")
+    for baseline in by_kind.get("baseline", []):
+        accuracies = [r["accuracy"] for r in baseline["results"]]
+        _series(left, lengths, accuracies, BASELINE, "s", "trained with one iteration (diagonal)")
+    chance = 1 / judgement["classes"]
+    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)))
+    _note(left, "guessing", (lengths[0], chance), (0, 3), ha="left")
+    left.set_ylim(0, 1.06)
+    left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+
+    counted = [result["parallel"] for result in network["results"]]
+    right.set_title(f"Parallel iterations to the fixed point (to {counted[0]['rtol']:g})")
+    if all("iterations" in one for one in counted):
+        _series(right, lengths, [one["iterations"] for one in counted], NETWORK, "o", "mean over sequences")
+        most = [one["iterations_max"] for one in counted]
+        _series(right, lengths, most, NETWORK, "^", "most of any sequence", dashed=True)
+    right.plot(lengths, lengths, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="one for every step")
+    right.set_ylim(bottom=0)
 
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("sequence length")
-        axes.axvspan(lengths[0] / 2, trained, color="#f3f3f3", zorder=0, linewidth=0)
         axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
-    left.set_title(f"Tracking {task.upper()}: token accuracy")
-    left.set_ylim(-0.03, 1.06)
-    left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    _series(left, network, "accuracy", NETWORK, "o", "fixed-point RNN")
-    for baseline in by_kind.get("baseline", []):
-        _series(left, baseline, "accuracy", BASELINE, "s", "the same network,\nheld to one iteration")
-    chance = 1 / judgement["classes"]
-    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)))
-    left.annotate(
-        "guessing",
-        (lengths[-1], chance),
-        (0, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        color=GREY,
-        fontsize=9,
-    )
-    left.annotate(
-        "trained here",
-        (trained, 0.02),
-        (-6, 0),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        color=GREY,
-        fontsize=9,
-    )
-    left.legend(loc="center right", fontsize=10)
+        axes.set_xlabel("sequence length")
+        axes.axvspan(axes.get_xlim()[0], trained, color="#f3f3f3", zorder=0, linewidth=0)
+    _note(right, "trained up to here", (trained, 0), (-5, 4), ha="right")
+    # Below the panels, where no curve can be.
+    left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=10)
+    right.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=10)
 
-    right.set_title("Iterations to the fixed point")
-    right.set_ylim(bottom=0)
-    if "iterations" in network["results"][0]:
-        _series(right, network, "iterations", NETWORK, "o", "mean over sequences")
-        _series(right, network, "iterations_max", NETWORK, "^", "most of any sequence", dashed=True)
-        right.legend(loc="upper left", fontsize=10)
+
+def _name(task: str) -> str:
+    """``s3xz2`` as people write it."""
+    subscripts = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+    return " × ".join(factor.upper().translate(subscripts) for factor in task.split("x"))
+
+
+def _note(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], *, ha: str) -> None:
+    axes.annotate(
+        text, at, offset, textcoords="offset points", ha=ha, va="bottom", color="#6e6e6e", fontsize=9
+    )
+
+
+def _cut_line(axes: Any, cut: dict[str, Any]) -> None:
+    """The trained network with its iteration cut short: thin, and labelled where it ends."""
+    results = cut["results"]
+    lengths, accuracies = [r["length"] for r in results], [r["accuracy"] for r in results]
+    axes.plot(lengths, accuracies, color=CUT, linewidth=1.3, zorder=2)
+    at = (lengths[-1], accuracies[-1])
+    axes.annotate(
+        f"{cut['iterations']}", at, (5, 0), textcoords="offset points", va="center", color=CUT, fontsize=9
+    )
 
 
 def draw_loss(figure: Any, folder: Folder) -> None:
@@ -168,25 +181,16 @@ def draw_loss(figure: Any, folder: Folder) -> None:
 
 
 def _series(
-    axes: Any,
-    network: dict[str, Any],
-    what: str,
-    color: str,
-    marker: str,
-    label: str,
-    *,
-    dashed: bool = False,
+    axes: Any, x: list[Any], y: list[Any], color: str, marker: str, label: str, *, dashed: bool = False
 ) -> None:
-    results = [result for result in network["results"] if what in result]
     axes.plot(
-        [result["length"] for result in results],
-        [result[what] for result in results],
+        x,
+        y,
         color=color,
         marker=marker,
         markeredgecolor="white",
         markeredgewidth=1.0,
         linestyle=(0, (4, 2)) if dashed else "-",
         label=label,
-        clip_on=False,
         zorder=3,
     )

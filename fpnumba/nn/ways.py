@@ -1,0 +1,313 @@
+"""The ways to the fixed point of :class:`fpnumba.nn.recurrence.Cell`, and back from it: section 4 and 6.
+
+* **sequential**: the mixer of a step is final once the step before is, and what remains is linear and one
+  step long.
+* **parallel**: every iteration makes all mixers from the previous iterate and scans over all time (the
+  published way).
+* **chunked**: the same, chunk after chunk.
+
+The exact gradient goes backward in time, whatever the way forward: the adjoint of one linear step, then the
+dependence of the mixer on ``h_{t-1}``. The one-step gradient and the Neumann series use the adjoint of one
+application of the whole map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpnumba.arrays import room
+from fpnumba.nn import mixing
+from fpnumba.nn.basic import rows
+from fpnumba.nn.mixer_maps import MixerMap
+from fpnumba.nn.mixing import Mixer
+from fpnumba.nn.recurrence import Bars, Cell, Solve
+from fpnumba.relax import relax
+from fpnumba.solve import Adjoint, Solution, Solved, Solver, Status
+
+Array = NDArray[Any]
+
+
+def way(solver: Solver, map: MixerMap) -> str:
+    """``parallel``, ``chunked`` or ``sequential`` for a mixer that sees the hidden state.
+
+    ``auto`` is ``sequential`` unless a chunk, a policy of the whole iteration, or fewer than 64 iterations
+    are asked for; ``direct`` is ``sequential`` where the linear step can be solved directly.
+    """
+    if solver.method == "direct" and map.kind not in ("householder", "dplr"):
+        raise ValueError(
+            f"argument `solver`: method 'direct' needs a householder or dplr mixer, not {map.kind}"
+        )
+    if solver.method == "direct":
+        return "sequential"
+    if solver.method == "auto":
+        chosen = solver.way(rank=None)
+        return "sequential" if chosen == "chunked" and solver.chunk is None else chosen
+    return solver.method
+
+
+def share(cell: Cell) -> float:
+    """The part of the tolerance that one of ``T`` steps may use up; section 7, as for chunks."""
+    steps = max(cell.lam.shape[1], 1)
+    through = float(np.abs(cell.lam).max(initial=0.0))
+    return 0.5 * max(1.0 - through, 1.0 / steps) if np.isfinite(through) else 1.0
+
+
+def solve_linear(mixer: Mixer, cell: Cell, solver: Solver, method: str) -> Solved:
+    """(F) for a mixer that is given: by the room, or by :func:`fpnumba.relax.relax` for a product of
+    mixers."""
+    kind, params = mixer
+    if kind == "mixture":
+        here = replace(cell, fixed=mixer)
+        plain = replace(solver, method="parallel", chunk=None)
+        return relax(here.iterate, np.zeros_like(cell.v), plain, here.finite)[0]
+    solved: Solved = room().solve.solve(
+        kind,
+        params,
+        cell.lam,
+        None,
+        cell.v,
+        cell.initial,
+        None,
+        method=method,
+        chunk=solver.chunk,
+        rtol=solver.rtol,
+        atol=solver.atol,
+        max_iter=solver.max_iter,
+        damping=solver.damping,
+    )
+    return solved
+
+
+def solve_linear_adjoint(
+    mixer: Mixer, lam: Array, hbar: Array, adjoint: Adjoint, solver: Solver, method: str
+) -> Solved:
+    """``s = S^T (hbar + P^T (g * s))``, section 6."""
+    kind, params = mixer
+    if kind == "mixture":
+        gate, after = 1 - lam, np.concatenate([lam[:, 1:], np.zeros_like(lam[:, :1])], axis=1)
+
+        def iterate(s: Array) -> Array:
+            e = gate * s
+            z = hbar + e - mixing.apply_transpose(mixer, e)
+            new: Array = room().scan.linear_scan(after, z, None, True)
+            return new
+
+        plain = Solver(
+            "parallel",
+            rtol=adjoint.rtol,
+            atol=adjoint.atol,
+            max_iter=adjoint.max_iter,
+            damping=solver.damping,
+        )
+        return relax(iterate, np.zeros_like(hbar), plain, lambda b: bool(np.isfinite(hbar[b]).all()))[0]
+    solved: Solved = room().solve.solve_adjoint(
+        kind,
+        params,
+        lam,
+        None,
+        hbar,
+        None,
+        method=method,
+        chunk=solver.chunk,
+        rtol=adjoint.rtol,
+        atol=adjoint.atol,
+        max_iter=adjoint.max_iter,
+        damping=solver.damping,
+    )
+    return solved
+
+
+class Verdict:
+    """Iterations, residual and status of a solve that goes chunk by chunk."""
+
+    def __init__(self, batch: int) -> None:
+        self.counts: list[NDArray[np.int64]] = []
+        self.residual = np.zeros(batch)
+        self.status = np.zeros(batch, np.int8)
+
+    def add(self, solved: Solved) -> None:
+        """The next chunk; the first failure of a sequence stays its status."""
+        self.counts.append(solved.iterations)
+        self.residual = np.maximum(self.residual, solved.residual)
+        self.status = np.where(self.status == Status.CONVERGED, solved.status, self.status).astype(np.int8)
+
+    def solution(self, value: Array, method: str, history: NDArray[np.float64] | None = None) -> Solution:
+        """All of them together."""
+        batch = len(self.status)
+        counts = np.stack(self.counts, -1) if self.counts else np.zeros((batch, 0), np.int64)
+        return Solution(
+            value, self.status, counts.max(-1, initial=0), self.residual, method, counts, history=history
+        )
+
+
+def solve_parallel(cell: Cell, solver: Solver, *, further: int) -> Solve:
+    """All steps at once, then ``further`` applications that are differentiated (the published code makes
+    one)."""
+    last = np.zeros_like(cell.v)
+
+    def step(h: Array) -> Array:
+        nonlocal last
+        last = h
+        return cell.iterate(h)
+
+    solved, history = relax(step, np.zeros_like(cell.v), solver, cell.finite)
+    verdict = Verdict(len(cell.v))
+    verdict.add(solved)
+    chain, h = [last], solved.value
+    if further:
+        chain = []
+        for _ in range(further):
+            chain.append(h)
+            h = cell.iterate(h)
+    return Solve(h, verdict.solution(h, "parallel", history), chain)
+
+
+def solve_chunked(cell: Cell, solver: Solver) -> Solve:
+    """Chunk after chunk, each iterated until it has converged."""
+    steps, size = cell.v.shape[1], solver.chunk or 64
+    tolerance = share(cell) if steps > size else 1.0
+    plain = replace(
+        solver, method="parallel", chunk=None, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance
+    )
+    h, verdict, carry = np.empty_like(cell.v), Verdict(len(cell.v)), cell.initial
+    for start in range(0, steps, size):
+        here = cell.part(slice(start, start + size), carry)
+        solved, _ = relax(here.iterate, np.zeros_like(here.v), plain, here.finite)
+        h[:, start : start + size], carry = solved.value, solved.value[:, -1]
+        verdict.add(solved)
+    return Solve(h, verdict.solution(h, "chunked"))
+
+
+def solve_sequential(cell: Cell, solver: Solver, *, keep: bool) -> Solve:
+    """Step after step: make the mixer from ``h_{t-1}``, then solve the linear step."""
+    batch, steps, _ = cell.v.shape
+    direct = cell.map.kind in ("householder", "dplr")
+    method, tolerance = "direct" if direct else "sequential", share(cell)
+    tight = replace(
+        solver, method="auto", chunk=None, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance
+    )
+    h, verdict, before, made_steps = np.empty_like(cell.v), Verdict(batch), cell.initial, []
+    for t in range(steps):
+        here = cell.part(slice(t, t + 1), before)
+        made = here.mix(here.v)
+        solved = solve_linear(made.mixer, here, tight, method)
+        h[:, t] = before = np.ascontiguousarray(solved.value[:, 0])
+        verdict.add(solved)
+        if keep:
+            made_steps.append(made)
+    return Solve(h, verdict.solution(h, "sequential"), steps=made_steps)
+
+
+def solve_given(cell: Cell, solver: Solver, way: str) -> Solve:
+    """All of (F) by the room, for mixers that do not see the hidden state."""
+    made = cell.mix(cell.v)
+    solved = solve_linear(made.mixer, cell, solver, way)
+    found = Solution(
+        solved.value, solved.status, solved.iterations, solved.residual, way, solved.chunk_iterations
+    )
+    return Solve(solved.value, found)
+
+
+def pull_chain(cell: Cell, found: Solve, hbar: Array) -> Bars:
+    """The one-step gradient: through the last applications, and not into the iterate from which they
+    start."""
+    chain = found.chain or [found.h]
+    bars, outputs = Bars.zeros(cell), [*chain[1:], found.h]
+    for i in range(len(chain) - 1, -1, -1):
+        h = chain[i]
+        back = bars.application(cell.mix(h), h, outputs[i], hbar, through=i > 0)
+        if back is not None:
+            hbar = back
+    return bars
+
+
+def pull_neumann(cell: Cell, h: Array, hbar: Array, terms: int) -> Bars:
+    """``z = sum_{k <= terms} (J^T)^k hbar`` at the fixed point, then one application."""
+    made, z, term = cell.mix(h), hbar, hbar
+    for _ in range(terms):
+        back = Bars.zeros(cell).application(made, h, h, term, through=True)
+        if back is not None:
+            term = back
+            z = z + term
+    bars = Bars.zeros(cell)
+    bars.application(made, h, h, z, through=False)
+    return bars
+
+
+def pull_sequential(
+    cell: Cell, found: Solve, hbar: Array, adjoint: Adjoint, solver: Solver
+) -> tuple[Bars, Solution]:
+    """The exact gradient, backward in time.
+
+    With ``r_t`` the cotangent of ``h_t`` from everything after step ``t``: ``s_t = r_t + P_t^T (g_t s_t)``,
+    then ``r_{t-1} = hbar_{t-1} + lam_t s_t + F_h^T (cotangent of the mixer's arguments at t)``.
+    """
+    bars, h = Bars.zeros(cell), found.h
+    batch, steps, _ = h.shape
+    direct = cell.map.kind in ("householder", "dplr")
+    method, tolerance = "direct" if direct else "sequential", share(cell)
+    tight = replace(adjoint, rtol=adjoint.rtol * tolerance, atol=adjoint.atol * tolerance)
+    whole = replace(solver, method="auto", chunk=None)
+    before, s, verdict = cell.before(h), np.empty_like(h), Verdict(batch)
+    r, at_t = hbar[:, -1] if steps else None, cell
+    for t in range(steps - 1, -1, -1):
+        at_t = cell.part(slice(t, t + 1), np.ascontiguousarray(before[:, t]))
+        made = found.steps[t] if found.steps else at_t.mix(at_t.v)
+        r_t = np.ascontiguousarray(r)[:, None]
+        solved = solve_linear_adjoint(made.mixer, at_t.lam, r_t, tight, whole, method)
+        verdict.add(solved)
+        s_t = solved.value
+        e = (1 - at_t.lam) * s_t
+        s[:, t], bars.v[:, t] = s_t[:, 0], mixing.apply_transpose(made.mixer, e)[:, 0]
+        h_t = np.ascontiguousarray(h[:, t : t + 1])
+        d = at_t.v - h_t
+        mixed = mixing.apply(made.mixer, d) + h_t
+        bars.lam[:, t] = (s_t * (before[:, t : t + 1] - mixed))[:, 0]
+        arguments_bar = bars.mixer(made, d, e)
+        if t:
+            r = hbar[:, t - 1] + (at_t.lam * s_t)[:, 0]
+        if arguments_bar is not None:
+            bars.base[:, t] = arguments_bar[:, 0]
+            if t and cell.feedback is not None:
+                r = r + arguments_bar[:, 0] @ cell.feedback
+    if bars.feedback is not None:
+        bars.feedback += rows(bars.base).T @ rows(before)
+    return bars, verdict.solution(s, "sequential")
+
+
+def pull_given(
+    cell: Cell, found: Solve, hbar: Array, adjoint: Adjoint, solver: Solver
+) -> tuple[Bars, Solution]:
+    """The exact gradient for mixers that do not see the hidden state: section 6."""
+    made, bars, h = cell.mix(found.h), Bars.zeros(cell), found.h
+    low_rank = made.mixer[1][0].shape[-2] if made.mixer[0] in ("householder", "dplr") else None
+    way = solver.adjoint_way(low_rank)
+    solved = solve_linear_adjoint(made.mixer, cell.lam, hbar, adjoint, solver, way)
+    s = solved.value
+    e, d = cell.gate * s, cell.v - h
+    mixed = mixing.apply(made.mixer, d) + h
+    bars.lam, bars.v = s * (cell.before(h) - mixed), mixing.apply_transpose(made.mixer, e)
+    arguments_bar = bars.mixer(made, d, e)
+    if arguments_bar is not None:
+        bars.base = arguments_bar
+    found_adjoint = Solution(
+        s, solved.status, solved.iterations, solved.residual, way, solved.chunk_iterations
+    )
+    return bars, found_adjoint
+
+
+def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:
+    """The same solution in the shape of the caller's leading axes."""
+    return replace(
+        solution,
+        value=solution.value.reshape(*lead, *solution.value.shape[1:]),
+        status=solution.status.reshape(lead),
+        iterations=solution.iterations.reshape(lead),
+        residual=solution.residual.reshape(lead),
+        chunk_iterations=solution.chunk_iterations.reshape(*lead, solution.chunk_iterations.shape[-1]),
+        history=None if solution.history is None else solution.history.reshape(len(solution.history), *lead),
+    )
