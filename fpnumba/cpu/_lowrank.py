@@ -100,7 +100,7 @@ def sums_backwards(b, t, u, lam, gate, gated, source, rows, q):
 
 @inlined
 def sums(b, t, u, adjoint, product, lam, gate, gated, source, rows, q, p, gram, plain):
-    """First pass for any rank; ``plain`` is ``U U^T``, below the diagonal, which only a product of reflections needs."""
+    """First pass for any rank; ``plain`` is ``U U^T``, below the diagonal, which only reflections need."""
     rank, dim = u.shape[2], u.shape[3]
     zero, one = source.dtype.type(0), source.dtype.type(1)
     if adjoint:
@@ -391,7 +391,7 @@ def solve_segment(
     rows, q, p, y, bound, rho, spare, gram, plain, S, system,
 ):  # fmt: skip
     """One segment of time of one sequence. Scratch comes as arguments: what a kernel owns it counts references of."""
-    _, steps, dim = source.shape
+    steps = source.shape[1]
     rank = u.shape[2]
     for n in range(steps * j // segments, steps * (j + 1) // segments):
         t = steps - 1 - n if adjoint else n

@@ -175,15 +175,14 @@ def _solve(
     else:
         p = as_mixer(kind, params)
         work = value.size + sum(a.size for a in params)
-        stopping = (eps, rtol, atol, max_iter, float(damping), *report[:-1])
-        rest = (size, block_size(p), work_size(p), *stopping)
+        rest = (size, block_size(p), work_size(p), eps, rtol, atol, max_iter, float(damping), *report[:-1])
         _threads.run(_relax.relax, batch * segments, work, p, adjoint, start, *fields, *rest)
         if segments > 1:
             _threads.run(_relax.settle, batch, work, p, adjoint, start, *fields, *rest)
-    fields = [a for a in (lam, source, start_state, gate, None if small else guess) if a is not None]
+    inputs = [a for a in (lam, source, start_state, gate, None if small else guess) if a is not None]
     if kind == "fixed":
-        return _summary(value, report, direct, tuple(fields), params)
-    return _summary(value, report, direct, (*fields, *params))
+        return _summary(value, report, direct, tuple(inputs), params)
+    return _summary(value, report, direct, (*inputs, *params))
 
 
 class _Report(NamedTuple):

@@ -43,7 +43,7 @@ def compiled(function: F) -> F:
     function."""
     dispatcher: Any = numba.njit(cache=True, nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
     stored = dispatcher._cache
-    stored._cache_file = _CacheFile(  # type: ignore[no-untyped-call]
+    stored._cache_file = _CacheFile(
         cache_path=stored._cache_path,
         filename_base=stored._impl.filename_base,
         source_stamp=(stored._impl.locator.get_source_stamp(), sources_hash()),

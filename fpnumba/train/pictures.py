@@ -78,13 +78,14 @@ def plot(run: Path | str, *, out: Path | str | None = None) -> list[Path]:
     with matplotlib.rc_context(
         {**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}
     ):
-        for name, draw, size in (
-            ("accuracy", lambda figure: draw_accuracy(figure, judgement), (10.5, 4.6)),
-            ("loss", lambda figure: draw_loss(figure, folder), (7.0, 4.2)),
-        ):
+        drawn: tuple[tuple[str, Any, Any, tuple[float, float]], ...] = (
+            ("accuracy", draw_accuracy, judgement, (10.5, 4.6)),
+            ("loss", draw_loss, folder, (7.0, 4.2)),
+        )
+        for name, draw, of, size in drawn:
             figure = figures.Figure(figsize=size, layout="constrained")
             backends.FigureCanvasAgg(figure)
-            draw(figure)
+            draw(figure, of)
             for suffix in (".png", ".svg"):
                 path = target / f"{name}{suffix}"
                 # Without a date, the same numbers give the same file.
