@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "eval_every": 500,
         "checkpoint_every": 500,
+        "eval_lengths": [4, 8, 16, 24, 32, 48, 64],
     },
 }
 

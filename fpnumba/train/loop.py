@@ -19,6 +19,7 @@ from fpnumba.train.config import Config
 from fpnumba.train.evaluation import judge, summary_of
 from fpnumba.train.extras import need
 from fpnumba.train.folder import Folder
+from fpnumba.train.threads import one_blas_thread
 
 
 class TrainingError(RuntimeError):
@@ -151,6 +152,7 @@ def run(
         print(f"{label or config.task}: {said}, in {folder.path}", file=sys.stderr, flush=True)
 
     with (
+        one_blas_thread(),
         Interrupt() as interrupt,
         _Progress(before.step, last, quiet=quiet, label=label) as progress,
         open(folder.metrics_file, "a", encoding="utf-8") as metrics,

@@ -79,7 +79,7 @@ def plot(run: Path | str, *, out: Path | str | None = None) -> list[Path]:
         {**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}
     ):
         drawn: tuple[tuple[str, Any, Any, tuple[float, float]], ...] = (
-            ("accuracy", draw_accuracy, judgement, (10.5, 4.6)),
+            ("accuracy", draw_accuracy, judgement, (10.8, 5.4)),
             ("loss", draw_loss, folder, (7.0, 4.2)),
         )
         for name, draw, of, size in drawn:
@@ -105,24 +105,23 @@ def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
     trained = judgement["trained_length"]
 
     left.set_title(f"Tracking the group {_name(judgement['task'])}: token accuracy")
-    for cut in by_kind.get("cut", []):
-        if cut["iterations"] > 1:
-            _cut_line(left, cut)
     _series(left, lengths, [r["accuracy"] for r in network["results"]], NETWORK, "o", "fixed-point RNN")
     for baseline in by_kind.get("baseline", []):
         accuracies = [r["accuracy"] for r in baseline["results"]]
-        _series(left, lengths, accuracies, BASELINE, "s", "trained with one iteration (diagonal)")
+        _series(
+            left, lengths, accuracies, BASELINE, "s", "the same, trained with one iteration: a diagonal RNN"
+        )
+    _cuts(left, [cut for cut in by_kind.get("cut", []) if cut["iterations"] > 1], trained)
     chance = 1 / judgement["classes"]
-    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)))
-    _note(left, "guessing", (lengths[0], chance), (0, 3), ha="left")
+    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="guessing")
     left.set_ylim(0, 1.06)
     left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
 
     counted = [result["parallel"] for result in network["results"]]
-    right.set_title(f"Parallel iterations to the fixed point (to {counted[0]['rtol']:g})")
+    right.set_title("Parallel iterations to the fixed point")
     if all("iterations" in one for one in counted):
-        _series(right, lengths, [one["iterations"] for one in counted], NETWORK, "o", "mean over sequences")
-        most = [one["iterations_max"] for one in counted]
+        mean, most = ([one[key] for one in counted] for key in ("iterations", "iterations_max"))
+        _series(right, lengths, mean, NETWORK, "o", "mean over sequences")
         _series(right, lengths, most, NETWORK, "^", "most of any sequence", dashed=True)
     right.plot(lengths, lengths, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="one for every step")
     right.set_ylim(bottom=0)
@@ -133,11 +132,12 @@ def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
         axes.set_xticks([], minor=True)
         axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
         axes.set_xlabel("sequence length")
-        axes.axvspan(axes.get_xlim()[0], trained, color="#f3f3f3", zorder=0, linewidth=0)
-    _note(right, "trained up to here", (trained, 0), (-5, 4), ha="right")
-    # Below the panels, where no curve can be.
-    left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=10)
-    right.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=10)
+        axes.axvspan(
+            axes.get_xlim()[0], trained, color="#f0f0f0", zorder=0, linewidth=0, label="trained on these"
+        )
+        # Below the panels, where no curve can be.
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), fontsize=10, handlelength=2.4)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.06)
 
 
 def _name(task: str) -> str:
@@ -146,21 +146,24 @@ def _name(task: str) -> str:
     return " × ".join(factor.upper().translate(subscripts) for factor in task.split("x"))
 
 
-def _note(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], *, ha: str) -> None:
-    axes.annotate(
-        text, at, offset, textcoords="offset points", ha=ha, va="bottom", color="#6e6e6e", fontsize=9
-    )
-
-
-def _cut_line(axes: Any, cut: dict[str, Any]) -> None:
-    """The trained network with its iteration cut short: thin, and labelled where it ends."""
-    results = cut["results"]
-    lengths, accuracies = [r["length"] for r in results], [r["accuracy"] for r in results]
-    axes.plot(lengths, accuracies, color=CUT, linewidth=1.3, zorder=2)
-    at = (lengths[-1], accuracies[-1])
-    axes.annotate(
-        f"{cut['iterations']}", at, (5, 0), textcoords="offset points", va="center", color=CUT, fontsize=9
-    )
+def _cuts(axes: Any, cuts: list[dict[str, Any]], trained: int) -> None:
+    """The trained network with its iteration cut short: thin lines, each with its count on it."""
+    for k, cut in enumerate(cuts):
+        results = cut["results"]
+        lengths, accuracies = [r["length"] for r in results], [r["accuracy"] for r in results]
+        counts = ", ".join(str(one["iterations"]) for one in cuts)
+        label = f"the fixed-point RNN cut to {counts} iterations" if k == 0 else None
+        axes.plot(lengths, accuracies, color=CUT, linewidth=1.4, zorder=2, label=label)
+        at = min(range(len(lengths)), key=lambda i: abs(lengths[i] - trained))
+        axes.annotate(
+            str(cut["iterations"]),
+            (lengths[at], accuracies[at]),
+            (3, 2),
+            textcoords="offset points",
+            va="bottom",
+            color="#2f7fb0",
+            fontsize=9,
+        )
 
 
 def draw_loss(figure: Any, folder: Folder) -> None:
