@@ -186,22 +186,27 @@ class Problem:
         report("fixed_point_rnn", solution, solver.on_failure, quantile=solver.quantile)
         return solution, solved.value
 
-    def solve_adjoint(self, hbar: Float, solver: Solver, adjoint: Adjoint) -> tuple[Float, Solution | None]:
-        """The adjoint ``s`` of the upstream cotangent `hbar`, and how it was found (None for one step)."""
-        arguments = (self.mixer.kind, self.params, self.lam, self.gate, hbar)
+    def pull_back(
+        self, h: Float, hbar: Float, solver: Solver, adjoint: Adjoint
+    ) -> tuple[Any, Solution | None]:
+        """The cotangents that the room finds for `hbar` at the solution `h`, and how (None for one step)."""
+        system = (self.mixer.kind, self.params, self.lam, self.gate)
+        doors = self.room.solve
         if adjoint.method == "implicit":
             way = solver.adjoint_way(self.rank)
-            solved = self.room.solve.solve_adjoint(*arguments, None, **_options(solver, adjoint, way))
+            solved, bars = doors.rnn_pullback(
+                *system, self.x, self.initial, h, hbar, None, **_options(solver, adjoint, way)
+            )
             solution = self._solution(solved, way, None)
             report("the adjoint of fixed_point_rnn", solution, adjoint.on_failure)
-            return solved.value, solution
+            return bars, solution
         s = np.zeros_like(hbar)
         for _ in range(1 if adjoint.terms is None else adjoint.terms + 1):
-            before, s = s, self.room.solve.iterate_adjoint(*arguments, s)
+            before, s = s, doors.iterate_adjoint(*system, hbar, s)
+        bars = doors.rnn_cotangents(*system, self.x, self.initial, h, s)
         if adjoint.terms is None:
-            return s, None
-        solved = _truncated(before, s, adjoint)
-        return s, self._solution(solved, "neumann", None)
+            return bars, None
+        return bars, self._solution(_truncated(before, s, adjoint), "neumann", None)
 
     def finite_inputs(self, b: int) -> bool:
         """Whether the inputs of sequence `b` are finite."""

@@ -239,10 +239,8 @@ def _fixed_point_rnn(
 
     def pullback(out_bar: Array) -> Cotangents:
         hbar = call.take("out_bar", out_bar, solution.value.shape)
-        s, how = problem.solve_adjoint(hbar, solver, adjoint)
-        lam_bar, gate_bar, x_bar, initial_bar, params_bar = problem.room.solve.rnn_cotangents(
-            mixer.kind, problem.params, problem.lam, problem.gate, problem.x, problem.initial, h, s
-        )
+        bars, how = problem.pull_back(h, hbar, solver, adjoint)
+        lam_bar, gate_bar, x_bar, initial_bar, params_bar = bars
         return Cotangents(
             (
                 call.back_to("lam", lam_bar),

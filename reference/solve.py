@@ -30,6 +30,7 @@ __all__ = [
     "iterate",
     "iterate_adjoint",
     "rnn_cotangents",
+    "rnn_pullback",
     "solve",
     "solve_adjoint",
     "solve_dense",
@@ -533,3 +534,57 @@ def rnn_cotangents(
         initial_bar = sum_to(initial_bar, initial.shape)
     params_bar = mixers.cotangent(kind, params, x - h, e)
     return sum_to(lam_bar, lam.shape), gate_bar, sum_to(x_bar, x.shape), initial_bar, params_bar
+
+
+def rnn_pullback(
+    kind: Kind,
+    params: Params,
+    lam: Array,
+    gate: Array | None,
+    x: Array,
+    initial: Array | None,
+    h: Array,
+    hbar: Array,
+    guess: Array | None,
+    *,
+    method: str = "parallel",
+    chunk: int | None = None,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int = 1000,
+    damping: float = 1.0,
+) -> tuple[Solved, tuple[Array, Array | None, Array, Array, Params]]:
+    """The exact gradient of `solve`: `solve_adjoint`, and `rnn_cotangents` of what it found.
+
+    Section 6 of docs/mathematics.md. A door of its own because other rooms do both in one pass over memory.
+
+    Parameters
+    ----------
+    kind, params, lam, gate, x, initial
+        As for `iterate`.
+    h : (..., T, D) array
+        What `solve` found.
+    hbar : (..., T, D) array
+        Cotangent of ``h``.
+    guess : (..., T, D) array or None
+    method, chunk, rtol, atol, max_iter, damping
+        As for `solve_adjoint`.
+
+    Returns
+    -------
+    solved : Solved
+        As of `solve_adjoint`.
+    cotangents : tuple
+        As of `rnn_cotangents`.
+
+    Examples
+    --------
+    >>> half, q, ones = np.full((2, 1), 0.5), (np.array([[0.5]]),), np.ones((2, 1))
+    >>> h = solve("fixed", q, half, None, ones, None, None, method="direct").value
+    >>> _, cotangents = rnn_pullback("fixed", q, half, None, ones, None, h, ones, None, method="direct")
+    >>> cotangents[2].ravel()
+    array([0.55555556, 0.33333333])
+    """
+    how = _How(method, chunk, rtol, atol, max_iter, damping)
+    solved = _each(_backward, how, kind, params, lam, gate, hbar, None, guess)
+    return solved, rnn_cotangents(kind, params, lam, gate, x, initial, h, solved.value)

@@ -1,8 +1,8 @@
 """The CPU room: Numba kernels, over threads in sequences, channel blocks or segments of time.
 
 It has the doors of the reference room in the same files: ``scan``, ``mixers`` and ``solve``. Arrays are
-C-contiguous, ``(B, T, D)``, float32 or float64, all of
-one dtype; nothing is compiled before the first call, and what is compiled is kept on disk.
+C-contiguous, ``(B, T, D)``, float32 or float64, all of one dtype; nothing is compiled before the first call,
+and what is compiled is kept on disk.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ def info() -> dict[str, Any]:
     -------
     dict
         ``threads`` (how many), ``threading_layer`` (Numba's, if something has started it: this room needs
-        none), ``numba``
-        (version), ``cache`` (folder of the compiled kernels), ``memory`` (bytes of result memory kept for reuse).
+        none), ``numba`` (version), ``cache`` (folder of the compiled kernels), ``memory`` (bytes of result
+        memory kept for reuse).
 
     Examples
     --------

@@ -194,32 +194,6 @@ def stream_row(typingctx: Any, target: Any, at: Any, source: Any, begin: Any, co
 
 
 @intrinsic
-def prefetch_row(typingctx: Any, source: Any, at: Any, count: Any) -> Any:
-    """Begin to fetch ``source.flat[at:at + count]``: for kernels that compute more than they read, row by row.
-
-    It may lie outside the array: then nothing happens.
-    """
-    lanes = 64 // (source.dtype.bitwidth // 8)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        i32, i64, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        base = context.make_array(signature.args[0])(context, builder, args[0]).data
-        base = builder.gep(base, [args[1]])
-        hint = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
-        with cgutils.for_range_slice(builder, ir.Constant(i64, 0), args[2], ir.Constant(i64, lanes)) as (
-            k,
-            _,
-        ):
-            last = builder.sub(builder.sub(args[2], k), ir.Constant(i64, 1))
-            address = builder.bitcast(builder.gep(base, [last]), pointer)
-            builder.call(function, [address, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
-        return context.get_dummy_value()
-
-    return types.void(source, types.int64, types.int64), codegen
-
-
-@intrinsic
 def stream_end(typingctx: Any) -> Any:
     """Make what was streamed visible to other threads."""
 

@@ -1,17 +1,15 @@
 """Low-rank mixers, step after step: ``P = U^T S U`` of rank ``r`` leaves ``r`` unknown numbers per step.
 
 Section 3 of docs/mathematics.md. With ``w = lam * h_{t-1} + g * x`` (F) is ``h = w - g * U^T S rho``, and
-``rho = U (x - h)``
-obeys ``rho = U (x - w) + G S rho`` with ``G = U diag(g) U^T``: solved directly, or iterated from ``U (x -
-h^0)``, which gives
-the iterates ``h^l`` of (F) exactly. The adjoint likewise, with time reversed: ``w = hbar + lam_{t+1} s_{t+1}``,
-``s = w + U^T S^T rho`` and ``rho = U (g * s) = U (g * w) + G S^T rho``.
+``rho = U (x - h)`` obeys ``rho = U (x - w) + G S rho`` with ``G = U diag(g) U^T``: solved directly, or
+iterated from ``U (x - h^0)``, which gives the iterates ``h^l`` of (F) exactly. The adjoint likewise, with
+time reversed: ``w = hbar + lam_{t+1} s_{t+1}``, ``s = w + U^T S^T rho`` and ``rho = U (g * s) = U (g * w) + G
+S^T rho``.
 
 One step is two passes over the channels: the first reads everything and takes all sums, the second writes the
-result. Its
-data is in the first-level cache by then. However many iterations a step needs, they cost no traffic at all.
-What is tested
-against the tolerance is a bound of the change of the iterate, ``sum_i max_d |g u_i| |d(S rho)_i|``, exact for rank one.
+result. Its data is in the first-level cache by then. However many iterations a step needs, they cost no
+traffic at all. What is tested against the tolerance is a bound of the change of the iterate, ``sum_i max_d |g
+u_i| |d(S rho)_i|``, exact for rank one.
 
 Memory traffic: ``lam``, ``source`` and ``u`` read once (and the gate, if there is one), the result written once.
 """

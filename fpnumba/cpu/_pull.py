@@ -1,10 +1,9 @@
 """Cotangents of all inputs of (F) for low-rank mixers, step after step, the adjoint solved on the way if asked.
 
 Section 6 of docs/mathematics.md. With ``d = x - h``, ``e = g * s``, ``c = U d`` and ``k = U e``, the products
-of one step
-need nothing but the ``r`` numbers ``c`` and ``k``: reflection ``i`` of a product sees ``v_i = d - sum_{j<i}
-y_j u_j`` with
-``y_i = alpha_i u_i . v_i`` and, from above, ``w_i = e - sum_{j>i} z_j u_j`` with ``z_i = alpha_i u_i . w_i``, so that
+of one step need nothing but the ``r`` numbers ``c`` and ``k``: reflection ``i`` of a product sees ``v_i = d -
+sum_{j<i} y_j u_j`` with ``y_i = alpha_i u_i . v_i`` and, from above, ``w_i = e - sum_{j>i} z_j u_j`` with
+``z_i = alpha_i u_i . w_i``, so that
 
     u_bar_i = -y_i w_i - z_i v_i,   alpha_bar_i = -(u_i . v_i)(u_i . w_i),   x_bar = e - sum z_j u_j,
     Q d = d - sum y_j u_j.

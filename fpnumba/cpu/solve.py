@@ -1,8 +1,8 @@
 """The fixed point of (F) and its adjoint in Numba: four ways, one iteration, cotangents.
 
 Sections 3, 6 and 7 of docs/mathematics.md. Low-rank mixers take a chunk of one step, and the direct way, in
-``r`` unknowns
-per step (`fpnumba.cpu._lowrank`); everything else iterates all channels of a chunk (`fpnumba.cpu._relax`).
+``r`` unknowns per step (`fpnumba.cpu._lowrank`); everything else iterates all channels of a chunk
+(`fpnumba.cpu._relax`).
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -448,9 +448,9 @@ def rnn_cotangents(
     """Cotangents of all inputs of (F) from the solution `h` and its adjoint `s`, in one pass over everything.
 
     Section 6 of docs/mathematics.md. With ``m = Q x + P h``, ``e = g * s`` and ``d = x - h``: ``lam_bar_t =
-    s_t * h_{t-1}``,
-    or ``s_t * (h_{t-1} - m_t)`` where the gate is ``1 - lam``; ``gate_bar = s * m``, ``x_bar = Q^T e``,
-    ``initial_bar = lam_1 * s_1``, and the mixer's cotangent is that of ``Q d`` with ``e`` coming in.
+    s_t * h_{t-1}``, or ``s_t * (h_{t-1} - m_t)`` where the gate is ``1 - lam``; ``gate_bar = s * m``, ``x_bar
+    = Q^T e``, ``initial_bar = lam_1 * s_1``, and the mixer's cotangent is that of ``Q d`` with ``e`` coming
+    in.
 
     Parameters
     ----------
@@ -521,9 +521,8 @@ def rnn_pullback(
     """`solve_adjoint` and `rnn_cotangents` in one: the exact gradient of `solve`.
 
     Section 6 of docs/mathematics.md. For low-rank mixers, by the direct way or in chunks of one step, both
-    happen in one pass
-    over memory, step after step: what the adjoint has read of a step is still in the first-level cache when
-    the cotangents need it.
+    happen in one pass over memory, step after step: what the adjoint has read of a step is still in the
+    first-level cache when the cotangents need it.
 
     Parameters
     ----------
