@@ -1,0 +1,146 @@
+"""The device: its array module, and how a kernel of `gpu/kernels` gets there.
+
+Everything that the room knows of CuPy and of the driver is here. Nothing is imported, compiled or probed before the
+first call.
+"""
+
+import threading
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KERNELS = Path(__file__).with_name("kernels")
+# How NumPy's names of dtypes are spelt in the kernels.
+STORES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
+FLAGS = ("-std=c++17",)
+
+
+class Kernel(NamedTuple):
+    """One kernel for one shape class: a function of a file of `gpu/kernels`, under some macros."""
+
+    file: str
+    function: str
+    macros: tuple[tuple[str, str], ...]
+    cooperative: bool = False
+
+    @classmethod
+    def of(
+        cls, file: str, function: str, macros: Mapping[str, object], *, cooperative: bool = False
+    ) -> "Kernel":
+        """Name a kernel; the order of `macros` does not matter."""
+        return cls(file, function, tuple(sorted((k, str(v)) for k, v in macros.items())), cooperative)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The compiler's options."""
+        return (*FLAGS, *(f"-D{name}={value}" for name, value in self.macros))
+
+
+@cache
+def source(file: str) -> str:
+    """The text of a kernel with the shared pieces that it includes pasted in: each once."""
+    seen: set[str] = set()
+
+    def paste(name: str) -> str:
+        lines = []
+        for line in (KERNELS / name).read_text(encoding="utf-8").splitlines():
+            if line.startswith('#include "'):
+                included = line.split('"')[1]
+                if included not in seen:
+                    seen.add(included)
+                    lines.append(paste(included))
+            elif line.strip() != "#pragma once":
+                lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    return paste(file)
+
+
+def xp() -> Any:
+    """The array module of the room, CuPy.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed; the message says how to.
+    """
+    try:
+        import cupy
+    except ImportError as reason:
+        raise ImportError(MISSING) from reason
+    return cupy
+
+
+MISSING = (
+    "the GPU room needs CuPy: pip install 'fpnumba[cuda13]' for a driver of CUDA 13, or 'fpnumba[cuda12]' "
+    "for one of CUDA 12"
+)
+
+_lock = threading.Lock()
+_loaded: dict[tuple[int, Kernel], Any] = {}
+
+
+def _function(kernel: Kernel) -> Any:
+    cupy = xp()
+    key = (cupy.cuda.Device().id, kernel)
+    found = _loaded.get(key)
+    if found is None:
+        with _lock:
+            found = _loaded.get(key)
+            if found is None:
+                module = cupy.RawModule(
+                    code=source(kernel.file),
+                    options=kernel.options,
+                    enable_cooperative_groups=kernel.cooperative,
+                )
+                found = module.get_function(kernel.function)
+                _loaded[key] = found
+    return found
+
+
+def loaded() -> list[Kernel]:
+    """The kernels that this process has compiled or loaded so far, on the current device."""
+    device = xp().cuda.Device().id
+    return [kernel for at, kernel in _loaded if at == device]
+
+
+def launch(
+    kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0
+) -> None:
+    """Launch on the current stream.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    blocks, threads : int
+        One-dimensional. No blocks: nothing is launched.
+    arguments : tuple
+        Arrays, NumPy scalars of the right width (``np.int64(...)``), or None for a null pointer.
+    shared : int
+        Bytes of dynamic shared memory.
+    """
+    if blocks == 0:
+        return
+    function = _function(kernel)
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    given = tuple(np.uint64(0) if a is None else a for a in arguments)
+    function((blocks,), (threads,), given, shared_mem=shared)
+
+
+def multiprocessors() -> int:
+    """Number of multiprocessors of the current device."""
+    return int(xp().cuda.Device().attributes["MultiProcessorCount"])
+
+
+def resident(kernel: Kernel, threads: int, *, shared: int = 0) -> int:
+    """How many blocks of this kernel the device holds at once: the most that a cooperative launch may have."""
+    driver = xp().cuda.driver
+    function = _function(kernel)
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    each = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
+    return int(each) * multiprocessors()

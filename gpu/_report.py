@@ -1,0 +1,99 @@
+"""What kernels say of a solve, and how it becomes the room's result: without asking the host."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fpnumba.gpu import _device
+
+CONVERGED, MAX_ITER, DIVERGED, NONFINITE_INPUT, ILL_CONDITIONED = range(5)
+
+Array = Any
+
+
+class Solved(NamedTuple):
+    """What a solve returns; everything lies on the device, and may not have been computed yet.
+
+    Attributes
+    ----------
+    value : (B, T, D) array
+        ``h``, or ``s`` of the adjoint.
+    iterations : (B,) int64 array
+        Applications of the iteration, the most that any chunk took; 1 by the direct way.
+    residual : (B,) float64 array
+        ``max|f(h) - h| / max|h|`` of the last iteration, for low-rank mixers and chunks of one step a bound of
+        it; by the direct way, ``eps`` over an estimate of the reciprocal condition.
+    status : (B,) int8 array
+        CONVERGED 0, MAX_ITER 1, DIVERGED 2, NONFINITE_INPUT 3, ILL_CONDITIONED 4.
+    chunk_iterations : (B, n_chunks) int64 array
+        In the order of time, in the adjoint too.
+    """
+
+    value: Array
+    iterations: Array
+    residual: Array
+    status: Array
+    chunk_iterations: Array
+
+
+class Report(NamedTuple):
+    """Kernels write here: iterations of each sequence and chunk; the rest for each sequence and part of it."""
+
+    counts: Array  # (B, chunks) int32
+    change: Array  # (B, parts) float64, the largest last change of any chunk
+    scale: Array  # (B, parts) float64, the largest value
+    rcond: Array  # (B, parts) float64
+    state: Array  # (B, parts) int32, a status
+
+
+def blank(batch: int, chunks: int, parts: int = 1) -> Report:
+    """A report for kernels that write every entry themselves, except where there is no step at all."""
+    xp = _device.xp()
+    shape = (batch, parts)
+    return Report(
+        xp.zeros((batch, chunks), np.int32),
+        xp.zeros(shape, np.float64),
+        xp.zeros(shape, np.float64),
+        xp.ones(shape, np.float64),
+        xp.zeros(shape, np.int32),
+    )
+
+
+def compute_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype that a storage dtype is computed in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def store(dtype: Any) -> str:
+    """How the kernels call a storage dtype."""
+    return _device.STORES[np.dtype(dtype).name]
+
+
+def summary(
+    value: Array, report: Report, direct: bool, fields: tuple[Array, ...], shared: tuple[Array, ...] = ()
+) -> Solved:
+    """The room's result from a report. `fields` have one entry per sequence, `shared` are for all of them.
+
+    A sequence that diverged, or has an ill-conditioned step, is looked through for inputs that are not finite.
+    """
+    xp = _device.xp()
+    batch, chunks = report.counts.shape
+    limits = np.finfo(compute_dtype(value.dtype))
+    table = [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size // max(batch, 1), 0) for a in fields]
+    table += [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size, 1) for a in shared]
+    solved = Solved(
+        value,
+        xp.empty(batch, np.int64),
+        xp.empty(batch, np.float64),
+        xp.empty(batch, np.int8),
+        xp.empty((batch, chunks), np.int64),
+    )
+    kernel = _device.Kernel.of("report.cu", "report", {"STORE": store(value.dtype)})
+    arguments = (
+        *(report.counts, np.int64(chunks), report.change, report.scale, report.rcond, report.state),
+        *(np.int32(report.change.shape[1]), np.int32(direct), np.float64(limits.eps), np.float64(limits.tiny)),
+        *(xp.asarray(np.array(table, np.int64).reshape(-1)), np.int32(len(table))),
+        *(solved.iterations, solved.residual, solved.status, solved.chunk_iterations),
+    )
+    _device.launch(kernel, batch, 256, arguments, shared=16)
+    return solved
