@@ -79,8 +79,8 @@ def summary(
     xp = _device.xp()
     batch, chunks = report.counts.shape
     limits = np.finfo(compute_dtype(value.dtype))
-    table = [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size // max(batch, 1), 0) for a in fields]
-    table += [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size, 1) for a in shared]
+    table = [(_device.address(a), a.size // max(batch, 1), 0) for a in fields]
+    table += [(_device.address(a), a.size, 1) for a in shared]
     solved = Solved(
         value,
         xp.empty(batch, np.int64),
