@@ -1,6 +1,7 @@
 """Kernels of channel mixing: which shape class serves a call, and its launch. The doors are in `fpnumba.gpu.mixers`."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,21 +177,23 @@ def _blocks(
 
 
 def blocks_apply(
-    m: Array,
-    alpha: Array | None,
-    x: Array,
-    transposed: bool,
-    out: Array | None = None,
-    at: Chunked | None = None,
+    m: Array, alpha: Array | None, x: Array, transposed: bool, out: Array | None = None
 ) -> Array:
     """``x - alpha M x`` block by block, or with the transpose; without `alpha`, ``M x``.
 
     `x` and `out` may lie in the storage dtype of `m` or in the dtype that it is computed in.
     """
-    size = m.shape[-1]
     out = _shapes.empty_like(x) if out is None else out
-    if m.size == 0 or x.size == 0:
-        return out
+    if m.size and x.size:
+        blocks_product(m, alpha, x, out, transposed)()
+    return out
+
+
+def blocks_product(
+    m: Array, alpha: Array | None, x: Array, out: Array, transposed: bool, at: Chunked | None = None
+) -> Callable[[], None]:
+    """What `blocks_apply` does, to be called as often as it is wanted; none of the arrays may be empty."""
+    size = m.shape[-1]
     total = x.size // size
     width = _shapes.each(size, m, *(a for a in (x, out) if a.dtype == m.dtype))
     inputs, outputs = ("store" if a.dtype == m.dtype else "real" for a in (x, out))
@@ -198,10 +201,10 @@ def blocks_apply(
     grid = _blocks(
         function, m.dtype, size, width, total, plain=alpha is None, inputs=inputs, outputs=outputs, at=at
     )
-    where = (None, 1, 1, 1) if at is None else at[:4]
+    done, *sizes = (None, 1, 1, 1) if at is None else at[:4]
     count = x.shape[-1] // size
-    grid.run(m, alpha, x, out, np.int64(total), np.int64(count), where[0], *(np.int64(n) for n in where[1:]))
-    return out
+    arguments = (m, alpha, x, out, np.int64(total), np.int64(count), done, *map(np.int64, sizes))
+    return lambda: grid.run(*arguments)
 
 
 def blocks_cotangent(m: Array, alpha: Array | None, x: Array, ybar: Array) -> tuple[Array, Array | None]:
