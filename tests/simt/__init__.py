@@ -64,6 +64,26 @@ def sanitized() -> bool:
     return os.environ.get("FPNUMBA_SIMT_SANITIZE") == "1"
 
 
+def sanitizing() -> dict[str, str] | None:
+    """The environment of a process in which kernels run under the address sanitizer, if the compiler has it."""
+    command = compiler()
+    if command is None:
+        return None
+    found = subprocess.run(
+        [command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    library = Path(found.stdout.strip())
+    if not library.is_absolute() or not library.exists():  # a bare name: not found
+        return None
+    return {
+        **os.environ,
+        "FPNUMBA_SIMT_SANITIZE": "1",
+        "LD_PRELOAD": str(library.resolve()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
 # --- compilation --------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +142,9 @@ def build(kernel: _device.Kernel) -> Path:
         steps = [[command, "-c", *flags[1:], f"-I{HERE}", str(path), "-o", str(compiled)]]
         link = [f for f in flags if f.startswith("-fsanitize")] if sanitized() else []
         steps.append([command, "-shared", *link, str(compiled), "-o", str(made)])
+        outside = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler runs as it is
         for step in steps:
-            done = subprocess.run(step, capture_output=True, text=True)
+            done = subprocess.run(step, capture_output=True, text=True, env=outside)
             if done.returncode:
                 raise CompileError(f"{kernel}\n{done.stderr[:6000]}")
         made.replace(library)

@@ -416,13 +416,13 @@ inline void perhaps_yield() {
 inline unsigned char* shared_memory() { return self->block->memory; }
 // Where a pointer into this block's shared memory points to in block `rank` of the cluster.
 template <class T> inline T* in_cluster(T* pointer, int rank) {
-  Block& there = self->block->cluster->blocks[rank];
   const ptrdiff_t offset = (unsigned char*)pointer - self->block->memory;
   if (rank < 0 || rank >= L.cluster_size || offset < 0 || (size_t)offset + sizeof(T) > L.shared) {
     say("a pointer to the shared memory of block %d of the cluster leaves it", rank);
     where();
     fail();
   }
+  const Block& there = self->block->cluster->blocks[rank];
   if (there.finished == L.threads) {
     say("block %d of the cluster has left, but its shared memory is asked for", rank);
     where();

@@ -3,6 +3,11 @@
 
 constexpr u32 ALL = 0xffffffffu;
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+__device__ void everybody() { simt_cluster_barrier(); }
+
 // A frame larger than a stack.
 __device__ __noinline__ void deep(i64 n) {
   volatile char large[1 << 20];
@@ -70,6 +75,18 @@ trial(int which, const int* in, int* out, u32* flags, float* numbers, i64 n) {
       break;
     }
     case 8: out[i] = 0; numbers[t & 15] = ((float*)memory)[t]; break;  // what nobody has written
+    case 10: {  // each block of a cluster tells the others
+      shared[t] = -1;
+      everybody();
+      if (t == 0)
+        for (int k = 0; k < CLUSTER; ++k) *simt::in_cluster(shared + b % CLUSTER, k) = 1 + b;
+      everybody();
+      int sum = 0;
+      for (int k = 0; k < CLUSTER; ++k) sum += shared[k];
+      out[i] = sum;
+      everybody();
+      break;
+    }
     case 9: out[i] = t < 64 ? max(min(v, 7), -2) : 0; break;
     // broken rules
     case 20: if (t < 32) __syncthreads(); break;                  // some never come
@@ -82,6 +99,8 @@ trial(int which, const int* in, int* out, u32* flags, float* numbers, i64 n) {
       break;
     case 24: if (lane == 3) __syncthreads(); else __syncwarp(); break;
     case 25: shared[n / 4] = 1; break;                            // past the end
+    case 37: if (b % CLUSTER == 0) everybody(); break;            // the other block has left
+    case 38: *simt::in_cluster(shared, CLUSTER) = 1; break;       // no such block
     case 26: shared[-1] = 1; break;
     case 27: *(i64*)(memory + 4) = n; break;                      // misaligned
     case 28: *(volatile int*)(which - 28 + (int*)nullptr) = 1; break;
@@ -91,5 +110,7 @@ trial(int which, const int* in, int* out, u32* flags, float* numbers, i64 n) {
     case 32: out[i] = __shfl_sync(0xffffu, v, 0); break;          // half a warp
     case 33: for (volatile i64 k = 0; k >= 0; k = (k + 1) & 0xffff) {} break;  // for ever
     case 34: deep(1 << 20); break;
+    case 35: out[n] = 1; break;                                   // past the end of an array
+    case 36: out[i] = (int)((v + 2147483647) & 1); break;         // overflows
   }
 }
