@@ -4,6 +4,8 @@ The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -34,3 +36,13 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
+
+
+@pytest.fixture
+def simt_device() -> Iterator[Any]:
+    """NumPy and the CPU in the place of CuPy and the GPU: a `simt.Device`."""
+    simt = pytest.importorskip("simt")
+    if simt.compiler() is None:
+        pytest.skip("no g++: CUDA C is not run on the CPU")
+    with simt.device() as machine:
+        yield machine
