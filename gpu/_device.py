@@ -131,7 +131,7 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
 
 def address(array: Any) -> int:
     """Where an array begins in memory."""
-    return int(array.data.ptr) if hasattr(array.data, "ptr") else int(array.ctypes.data)
+    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
 
 
 def multiprocessors() -> int:

@@ -91,8 +91,8 @@ def summary(
     table: list[Any] = []
     for array, every in (*((a, False) for a in fields), *((a, True) for a in shared)):
         count = array.size if every else array.size // max(batch, 1)
-        table += [np.uint64(_device.address(array)), np.int64(-count if every else count)]
-    table += [np.uint64(0), np.int64(0)] * (FIELDS - len(table) // 2)
+        table += [array, np.int64(-count if every else count)]
+    table += [None, np.int64(0)] * (FIELDS - len(table) // 2)
     kernel = _device.Kernel.of("report.cu", "report", {"STORE": store(value.dtype)})
     arguments = (
         *(report.counts, np.int64(chunks), report.change, report.scale, report.rcond, report.state),

@@ -66,17 +66,18 @@ def layout(step: Step, dim: int, width: int) -> Layout:
     size = 2 if step.dtype in ("float16", "bfloat16") else np.dtype(step.dtype).itemsize
     real = 8 if step.dtype == "float64" else 4
     totals = step.totals()
-    for cluster in (1, 2, 4, 8):
+    most = 1024 if step.rank == 1 else 512
+    for cluster, limit in ((1, most), (2, most), (4, most), (8, most), (8, most // 2)):
         channels = -(-dim // cluster)
         accesses = 1
-        while -(-channels // (width * accesses)) > (1024 if step.rank == 1 else 512):
+        while -(-channels // (width * accesses)) > limit:
             accesses *= 2
-        threads = _shapes.threads(channels, width * accesses, 1024)
+        threads = _shapes.threads(channels, width * accesses, limit)
         stage = step.rows() * accesses * threads * width * size + -(-step.rank // 2) * 16
         warps = threads // 32
         partial = -(-(warps * totals + (cluster * totals if cluster > 1 else 0)) // 4) * 4
         told = step.rank**2 + totals + 3 + 3 * step.rank
-        fixed = (2 * partial + -(-told // 4) * 4) * real
+        fixed = (2 * partial + -(-told // 4) * 4) * real + -(-step.rank // 2) * 16
         if fixed + 2 * stage <= SHARED_MOST:
             break
     stages = max(2, min(4, (SHARED_EACH - fixed) // stage))

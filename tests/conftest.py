@@ -4,8 +4,8 @@ The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks
 """
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -36,6 +36,30 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
+
+
+class GpuRoom(NamedTuple):
+    """Where the arrays of a test of the GPU room lie, and how they get there and back."""
+
+    name: str
+    give: Callable[[Any], Any]
+    get: Callable[[Any], Any]
+
+
+@pytest.fixture(params=["simt", "cupy"])
+def gpu_room(request: pytest.FixtureRequest) -> GpuRoom:
+    """The GPU room on NumPy arrays and the CPU, and on a device where there is one."""
+    if request.param == "simt":
+        request.getfixturevalue("simt_device")
+        return GpuRoom("simt", lambda a: a, lambda a: a)
+    cupy = pytest.importorskip("cupy", reason="no CuPy, so no GPU")
+    if not cupy.is_available():
+        pytest.skip("no GPU")
+    return GpuRoom(
+        "cupy",
+        lambda a: None if a is None else cupy.asarray(a),
+        lambda a: None if a is None else cupy.asnumpy(a),
+    )
 
 
 @pytest.fixture

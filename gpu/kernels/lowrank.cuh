@@ -36,7 +36,9 @@ __device__ __forceinline__ bool leader() { return threadIdx.x == 0 && rank_in_cl
 
 // Everybody who works on the step waits for everybody.
 __device__ __forceinline__ void everybody() {
-#if CLUSTER > 1
+#if CLUSTER > 1 && defined(SIMT)
+  simt_cluster_barrier();
+#elif CLUSTER > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
@@ -45,7 +47,9 @@ __device__ __forceinline__ void everybody() {
 
 // Store a number at the same place of the shared memory of every block of the cluster.
 __device__ __forceinline__ void tell(real* place, real v) {
-#if CLUSTER > 1
+#if CLUSTER > 1 && defined(SIMT)
+  for (int k = 0; k < CLUSTER; ++k) *simt::in_cluster(place, k) = v;
+#elif CLUSTER > 1
   const u32 here = (u32)__cvta_generic_to_shared(place);
 #pragma unroll
   for (int k = 0; k < CLUSTER; ++k) {
@@ -433,10 +437,12 @@ __device__ __forceinline__ int channel(int a) {
 template <int ARRAYS> struct Ring {
   static constexpr int ROWS = ARRAYS * ACCESSES * THREADS;  // accesses a stage
   access* rows;
-  u64* strengths;  // [STAGES][STRENGTHS], each as it lies in memory
+  // [STAGES + 1][STRENGTHS], each as it lies in memory. One more than stages: all threads read what one has fetched, and
+  // who fetches the next may be a step ahead of who still reads.
+  u64* strengths;
 
   static constexpr int STRENGTHS = (R + 1) / 2 * 2;  // words a stage
-  static constexpr int BYTES = STAGES * (ROWS * (int)sizeof(access) + STRENGTHS * 8);
+  static constexpr int BYTES = STAGES * ROWS * (int)sizeof(access) + (STAGES + 1) * STRENGTHS * 8;
 
   __device__ void init(unsigned char* memory, int dim) {
     rows = (access*)memory;

@@ -48,7 +48,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
 
-  auto fetch = [&](i64 n, int slot, bool comparing) {
+  auto fetch = [&](i64 n, int slot, int word, bool comparing) {
     if (n < last) {
       const i64 here = steps - 1 - n, t = b * steps + here;
       ring.fetch(slot, LAM, lam + t * dim, dim);
@@ -65,7 +65,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 #pragma unroll
       for (int k = 0; k < R; ++k) ring.fetch(slot, U + k, u + (t * R + k) * dim, dim);
       if (SPLIT && comparing) ring.fetch(slot, OLD, value + t * dim, dim);
-      ring.fetch_alpha(slot, alpha + t * R);
+      ring.fetch_alpha(word, alpha + t * R);
     }
     commit();
   };
@@ -85,8 +85,8 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 #pragma unroll
       for (int e = 0; e < EACH; ++e) now[a * EACH + e] = first < last && channel(a) < dim ? widen(row.v[e]) : 0;
     }
-    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, COMPARE);
-    int slot = 0;
+    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, p, COMPARE);
+    int slot = 0, word = 0;
     for (i64 n = first; n < last; ++n) {
       const i64 t = b * steps + steps - 1 - n;
       arrived<STAGES - 1>();
@@ -163,7 +163,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
         }
       };
       if (thinks()) {
-        ring.alpha(slot, alpha + t * R, strength);
+        ring.alpha(word, alpha + t * R, strength);
         if (COMPARE && n > first && bounds[MAXIMA] <= EPS / 4 * bounds[MAXIMA + 1]) {
           verdict = SETTLED;
         } else if constexpr (GIVEN || DIRECT) {
@@ -289,8 +289,9 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
       told.bad |= nan;
       if (COMPARE && nan) differs = LARGEST;  // a maximum drops a NaN
       lam_before = lam_here;
-      fetch(n + STAGES, slot, COMPARE);
+      fetch(n + STAGES, slot, word == 0 ? STAGES : word - 1, COMPARE);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      word = word == STAGES ? 0 : word + 1;
     }
     arrived<0>();
     if constexpr (MAXIMA > 0) {  // the size of the last step

@@ -46,7 +46,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
 
-  auto fetch = [&](i64 n, int slot, bool comparing) {
+  auto fetch = [&](i64 n, int slot, int word, bool comparing) {
     if (n < last) {
       const i64 t = b * steps + (ADJOINT ? steps - 1 - n : n);
       ring.fetch(slot, LAM, lam + t * dim, dim);
@@ -55,7 +55,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
 #pragma unroll
       for (int k = 0; k < R; ++k) ring.fetch(slot, U + k, u + (t * R + k) * dim, dim);
       if (SPLIT && comparing) ring.fetch(slot, OLD, value + t * dim, dim);
-      ring.fetch_alpha(slot, alpha + t * R);
+      ring.fetch_alpha(word, alpha + t * R);
     }
     commit();
   };
@@ -69,8 +69,8 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
     constexpr int EXTRA = COMPARE ? 2 : 0;  // by how much the step before differs from what was there, and its size
     real size_before = 0, lam_before = 0, differs = 0;
     bool meets = false;
-    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, COMPARE);
-    int slot = 0;
+    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, p, COMPARE);
+    int slot = 0, word = 0;
     for (i64 n = first; n < last; ++n) {
       const i64 t = ADJOINT ? steps - 1 - n : n;
       arrived<STAGES - 1>();
@@ -137,7 +137,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
       const System of = {totals, totals + R + SECOND, totals + R + SECOND + GRAMS};
       const real* bounds = totals + SUMS;
       if (thinks()) {
-        ring.alpha(slot, alpha + (b * steps + t) * R, strength);
+        ring.alpha(word, alpha + (b * steps + t) * R, strength);
         if (COMPARE && n > first && bounds[MAXIMA] <= EPS / 4 * bounds[MAXIMA + 1]) {
           verdict = SETTLED;
         } else if constexpr (DIRECT) {
@@ -218,8 +218,9 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
       told.bad |= nan;
       if (COMPARE && nan) differs = LARGEST;  // a maximum drops a NaN
       lam_before = lam_here;
-      fetch(n + STAGES, slot, COMPARE);
+      fetch(n + STAGES, slot, word == 0 ? STAGES : word - 1, COMPARE);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      word = word == STAGES ? 0 : word + 1;
     }
     arrived<0>();
     if constexpr (!DIRECT) {  // the size of the last step
