@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # JAX on the CPU only, whatever else the machine has: these tests are about exchange of arrays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
@@ -36,6 +37,22 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are left out where there is no device."""
+    if item.get_closest_marker("gpu") and not gpu_machine.has_device():
+        if gpu_machine.required():
+            pytest.fail(f"FPNUMBA_REQUIRE_GPU is set, but {gpu_machine.reason()}", pytrace=False)
+        pytest.skip(gpu_machine.reason())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests were left out because there is no GPU."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    missed = sum(f"Skipped: {gpu_machine.REASON}" in str(report.longrepr) for report in skipped)
+    if missed:
+        terminalreporter.write_line(f"{missed} tests were skipped for want of a GPU", yellow=True)
 
 
 @pytest.fixture
