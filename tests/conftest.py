@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # JAX on the CPU only, whatever else the machine has: these tests are about exchange of arrays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
@@ -46,20 +47,35 @@ class GpuRoom(NamedTuple):
     get: Callable[[Any], Any]
 
 
-@pytest.fixture(params=["simt", "cupy"])
+@pytest.fixture(params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
 def gpu_room(request: pytest.FixtureRequest) -> GpuRoom:
     """The GPU room on NumPy arrays and the CPU, and on a device where there is one."""
     if request.param == "simt":
         request.getfixturevalue("simt_device")
         return GpuRoom("simt", lambda a: a, lambda a: a)
-    cupy = pytest.importorskip("cupy", reason="no CuPy, so no GPU")
-    if not cupy.is_available():
-        pytest.skip("no GPU")
+    import cupy
+
     return GpuRoom(
         "cupy",
         lambda a: None if a is None else cupy.asarray(a),
         lambda a: None if a is None else cupy.asnumpy(a),
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are left out where there is no device."""
+    if item.get_closest_marker("gpu") and not gpu_machine.has_device():
+        if gpu_machine.required():
+            pytest.fail(f"FPNUMBA_REQUIRE_GPU is set, but {gpu_machine.reason()}", pytrace=False)
+        pytest.skip(gpu_machine.reason())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests were left out because there is no GPU."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    missed = sum(f"Skipped: {gpu_machine.REASON}" in str(report.longrepr) for report in skipped)
+    if missed:
+        terminalreporter.write_line(f"skipped for want of a GPU: {missed}", yellow=True)
 
 
 @pytest.fixture
