@@ -122,13 +122,9 @@ def _pick(step: Step, like: Array, others: tuple[Array | None, ...]) -> tuple[La
 def _between(segments: int, batch: int, dim: int, dtype: Any) -> tuple[Any, ...]:
     """What the segments of time tell each other."""
     if segments == 1:
-        return None, None, None
-    xp, blocks = _device.xp(), batch * segments
-    return (
-        xp.empty((2, blocks, dim), _shapes.real(dtype)),
-        xp.empty((2, blocks), np.uint32),
-        xp.zeros(1 + segments, np.uint32),
-    )
+        return None, None
+    xp = _device.xp()
+    return xp.empty((3, batch * segments, dim), _shapes.real(dtype)), xp.zeros(1 + segments, np.uint32)
 
 
 def _with_a_rank(params: Params) -> Params:
@@ -256,7 +252,7 @@ def pull(
         ),
         *(np.int64(steps), np.int32(dim), np.int32(segments), *stop),
         *(report.counts, report.change, report.scale, report.rcond, report.state),
-        *((None, None, None) if given else _between(segments, batch, dim, x.dtype)),
+        *((None, None) if given else _between(segments, batch, dim, x.dtype)),
     )
     if x.size:
         blocks = batch * segments * picked.cluster

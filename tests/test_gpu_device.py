@@ -89,7 +89,7 @@ def test_more_than_two_to_the_31_elements() -> None:
             size = (part.stop - begin, dim)
             lam[b, part] = rng.random(size, dtype=cupy.float32) * 0.9 + 0.05
             x[b, part] = rng.random(size, dtype=cupy.float32) - 0.5
-            u[b, part, 0] = (rng.random(size, dtype=cupy.float32) - 0.5) / np.float32((dim / 12) ** 0.5)
+            u[b, part, 0] = (rng.random(size, dtype=cupy.float32) - 0.5) / (dim / 12) ** 0.5
     assert lam.size > 2**31
     tail = slice(steps - 64, steps)
 

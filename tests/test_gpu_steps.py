@@ -350,3 +350,30 @@ def test_arrays_that_begin_anywhere(gpu_room: Any) -> None:
     )
     assert error(gpu_room.get(found.value), h) <= 1e-6
     assert _device.address(p["x"]) % 16
+
+
+@pytest.mark.parametrize("low", [0.5, 0.97, 0.9999])
+def test_segments_settle_however_slowly_lam_decays(gpu_room: Any, low: float) -> None:
+    steps = 300 if gpu_room.name == "simt" else 3000
+    given = draw(1, steps, 12, 2, "float64", gated=False)
+    given["lam"] = low + (1 - low) * given["lam"]
+    h, s = truth("householder", wide(given))
+    p = {k: gpu_room.give(a) for k, a in given.items()}
+    params = (p["u"], p["alpha"])
+    for method in ("direct", "sequential"):
+        options: dict[str, Any] = {"method": method, "rtol": 1e-13}
+        found = solve.solve("householder", params, p["lam"], None, p["x"], p["initial"], None, **options)
+        assert error(gpu_room.get(found.value), h) <= 1e-12
+        both, _ = solve.rnn_pullback(
+            "householder",
+            params,
+            p["lam"],
+            None,
+            p["x"],
+            p["initial"],
+            found.value,
+            p["hbar"],
+            None,
+            **options,
+        )
+        assert error(gpu_room.get(both.value), s) <= 2e-12

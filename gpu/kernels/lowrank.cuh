@@ -489,43 +489,73 @@ template <int ARRAYS> struct Ring {
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
 
-// The blocks of a sequence's segments, one each and all of them resident, walk again from the true state until nothing
-// moves. `state` is what a walk starts from and leaves; `again` walks, stops where the result is what was there to within
-// rounding, and says whether it never was.
-//   carry [2][blocks][dim]  what a segment hands on;  moved [2][blocks]  whether it did so in the round before
-//   barrier: how many have arrived, and then for each round how many moved
+// The blocks of a sequence's segments, one each and all of them resident, walk again from better and better states until
+// nothing moves. What comes into a segment is what the one before left, and what it would have left more or less, had it
+// known what comes into it: the product of its lam says that, roughly, for what only decays and is not mixed. Where lam
+// decays fast that product is nothing; where it does not, a correction reaches all segments at once, not one a round.
+//   state     what a walk starts from, and leaves
+//   decay     the product of the segment's lam
+//   again     walks, stops where the result is what was there to within rounding, and says whether it never was
+//   between   [3][blocks][dim]: what segments left, what entered them, their products
+//   barrier   how many have arrived, and then for each round how many moved
 template <class Walk>
-__device__ __forceinline__ void settle_segments(int j, int segments, int dim, real (&state)[VALUES], real* carry,
-                                                u32* moved, u32* barrier, Walk again) {
-  auto leave = [&](real* to) {
+__device__ __forceinline__ void settle_segments(int j, int segments, int dim, real (&state)[VALUES],
+                                                const real (&decay)[VALUES], real* between, u32* barrier, Walk again) {
+  const i64 size = (i64)gridDim.x * dim, mine = (i64)blockIdx.x * dim;
+  real *ends = between, *entries = between + size, *products = between + 2 * size;
+  u32* movers = barrier + 1;
+  auto leave = [&](real* to, auto what) {
 #pragma unroll
     for (int a = 0; a < ACCESSES; ++a)
 #pragma unroll
       for (int e = 0; e < EACH; ++e)
-        if (channel(a) + e < dim) to[channel(a) + e] = state[a * EACH + e];
+        if (channel(a) + e < dim) to[mine + channel(a) + e] = what(a * EACH + e);
   };
-  const i64 blocks = gridDim.x;
-  u32* movers = barrier + 1;
-  leave(carry + (i64)blockIdx.x * dim);
-  grid_barrier(barrier, 0);
+  leave(ends, [&](int v) { return state[v]; });
+  leave(entries, [&](int) { return (real)0; });
+  leave(products, [&](int v) { return decay[v]; });
+  u32 met = 0;
+  grid_barrier(barrier, met++);
   for (int round = 0; round + 1 < segments; ++round) {
-    const int here = round & 1, there = here ^ 1;
-    bool moves = j > round && (round == 0 || load_acquire(moved + here * blocks + blockIdx.x - 1) != 0);
-    if (moves) {
-      const real* from = carry + (here * blocks + blockIdx.x - 1) * dim;
+    bool news = false;
+    real enters[VALUES];
 #pragma unroll
-      for (int a = 0; a < ACCESSES; ++a)
+    for (int a = 0; a < ACCESSES; ++a)
 #pragma unroll
-        for (int e = 0; e < EACH; ++e)
-          state[a * EACH + e] = channel(a) + e < dim ? __ldcg(from + channel(a) + e) : 0;
-      moves = again();
-      if (moves) leave(carry + (there * blocks + blockIdx.x) * dim);
+      for (int e = 0; e < EACH; ++e) {
+        const i64 at = mine + channel(a) + e;
+        real now = 0;
+        if (channel(a) + e < dim && j > round) {
+          int back = 1;  // how far back a correction can come from
+          for (real alive = 1; back < j; ++back) {
+            alive *= magnitude(__ldcg(products + at - (i64)back * dim));
+            if (!(alive > EPS / 16)) break;
+          }
+          real shift = 0, old = 0;
+#pragma unroll 4
+          for (; back >= 1; --back) {
+            const i64 before = at - (i64)back * dim;
+            old = __ldcg(entries + before + dim);
+            now = __ldcg(ends + before);
+            if (shift != 0) now += __ldcg(products + before) * shift;
+            shift = now - old;
+          }
+          news |= !(now == old);
+        }
+        enters[a * EACH + e] = now;
+      }
+    const bool walks = __syncthreads_or(news);
+    grid_barrier(barrier, met++);
+    if (walks) {
+#pragma unroll
+      for (int v = 0; v < VALUES; ++v) state[v] = enters[v];
+      leave(entries, [&](int v) { return enters[v]; });
+      if (again()) {
+        leave(ends, [&](int v) { return state[v]; });
+        if (threadIdx.x == 0) atomicAdd(movers + round, 1u);
+      }
     }
-    if (threadIdx.x == 0) {
-      moved[there * blocks + blockIdx.x] = moves;
-      if (moves && j + 1 < segments) atomicAdd(movers + round, 1u);
-    }
-    grid_barrier(barrier, round + 1);
+    grid_barrier(barrier, met++);
     if (load_acquire(movers + round) == 0) break;
   }
 }

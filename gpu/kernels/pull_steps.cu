@@ -27,8 +27,8 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
            const store* __restrict__ u, const store* __restrict__ alpha, const store* __restrict__ initial,
            const store* __restrict__ h, const store* __restrict__ top, store* value, store* lam_bar, store* gate_bar,
            store* x_bar, store* u_bar, store* alpha_bar, store* initial_bar, i64 steps, int dim, int segments, double rtol,
-           double atol, i64 max_iter, int* counts, double* change, double* scale, double* rcond, int* state, real* carry,
-           u32* moved, u32* barrier) {
+           double atol, i64 max_iter, int* counts, double* change, double* scale, double* rcond, int* state, real* between,
+           u32* barrier) {
   SHARED(memory);
   Ring<ARRAYS> ring;
   ring.init(memory, dim);
@@ -44,6 +44,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
   const i64 first = steps * j / segments, last = steps * (j + 1) / segments;  // counted from the last step
 
   real c[VALUES];  // lam_{t+1} s_{t+1}
+  real decay[SPLIT ? VALUES : 1];  // product of the segment's lam
   Told told;
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
@@ -268,6 +269,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
             }
           }
           c[v] = widen(ring.at(slot, LAM, a).v[e]) * r;
+          if constexpr (SPLIT && !COMPARE) decay[v] *= widen(ring.at(slot, LAM, a).v[e]);
           now[v] = before;
         }
         if (channel(a) < dim) {
@@ -305,9 +307,13 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 
 #pragma unroll
   for (int v = 0; v < VALUES; ++v) c[v] = 0;
+#if SPLIT
+#pragma unroll
+  for (int v = 0; v < VALUES; ++v) decay[v] = 1;
+#endif
   walk(No());
 #if SPLIT
-  settle_segments(j, segments, dim, c, carry, moved, barrier, [&] { return walk(Yes()); });
+  settle_segments(j, segments, dim, c, decay, between, barrier, [&] { return walk(Yes()); });
 #endif
   if constexpr (!GIVEN) told.write(DIRECT, max_iter, change, scale, rcond, state, partial + buffer * partials(TOTALS), totals);
 }

@@ -26,7 +26,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, MINBLOCKS)
 solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const store* __restrict__ source,
             const store* __restrict__ u, const store* __restrict__ alpha, const store* __restrict__ initial, store* value,
             i64 steps, int dim, int segments, double rtol, double atol, i64 max_iter, int* counts, double* change,
-            double* scale, double* rcond, int* state, real* carry, u32* moved, u32* barrier) {
+            double* scale, double* rcond, int* state, real* between, u32* barrier) {
   SHARED(memory);
   Ring<ARRAYS> ring;
   ring.init(memory, dim);
@@ -42,6 +42,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
   const i64 first = steps * j / segments, last = steps * (j + 1) / segments;
 
   real h[VALUES];                  // what the step before hands on: h, or lam s
+  real decay[SPLIT ? VALUES : 1];  // product of the segment's lam
   Told told;
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
@@ -212,6 +213,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
             differs = d <= differs ? differs : d;
           }
           h[v] = ADJOINT ? widen(ring.at(slot, LAM, a).v[e]) * r : r;
+          if constexpr (SPLIT && !COMPARE) decay[v] *= widen(ring.at(slot, LAM, a).v[e]);
         }
         if (channel(a) < dim) *(access*)(value + (b * steps + t) * dim + channel(a)) = out;
       }
@@ -238,9 +240,13 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
       const int d = channel(a) + e;
       h[a * EACH + e] = !ADJOINT && j == 0 && initial != nullptr && d < dim ? widen(initial[b * dim + d]) : 0;
     }
+#if SPLIT
+#pragma unroll
+  for (int v = 0; v < VALUES; ++v) decay[v] = 1;
+#endif
   walk(No());
 #if SPLIT
-  settle_segments(j, segments, dim, h, carry, moved, barrier, [&] { return walk(Yes()); });
+  settle_segments(j, segments, dim, h, decay, between, barrier, [&] { return walk(Yes()); });
 #endif
   told.write(DIRECT, max_iter, change, scale, rcond, state, partial + buffer * partials(TOTALS), totals);
 }
