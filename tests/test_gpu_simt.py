@@ -13,6 +13,10 @@ from fpnumba.gpu import _device, _report
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no g++: CUDA C is not run on the CPU")
 
 TRIALS = _device.Kernel.of(str(Path(simt.__file__).with_name("trials.cu")), "trial", {"STORE": "float"})
+TOGETHER = TRIALS._replace(cooperative=True)
+IN_CLUSTERS = _device.Kernel.of(TRIALS.file, "trial", {"STORE": "float", "CLUSTER": 4})
+# the other way of switching between threads, which other machines take
+BY_UCONTEXT = _device.Kernel.of(TRIALS.file, "trial", {"STORE": "float", "SIMT_UCONTEXT": 1})
 THREADS = 128
 
 
@@ -23,7 +27,7 @@ def trial(
     n: int = 0,
     shared: int = 4 * THREADS,
     values: NDArray[np.int32] | None = None,
-    cooperative: bool = False,
+    kernel: _device.Kernel = TRIALS,
     **options: Any,
 ) -> NDArray[np.int32]:
     """What one value of `which` leaves in `out`, one row per block."""
@@ -31,7 +35,6 @@ def trial(
     out = np.full((blocks, THREADS), -99, np.int32)
     numbers = np.zeros(16, np.float32)
     arguments = (np.int32(which), given, out, np.zeros(blocks + 2, np.uint32), numbers, np.int64(n))
-    kernel = TRIALS._replace(cooperative=cooperative)
     simt.launch(kernel, blocks, THREADS, arguments, shared=shared, **options)
     return out if which != 8 else numbers.view(np.int32)
 
@@ -39,7 +42,9 @@ def trial(
 # --- what works ---------------------------------------------------------------------------------------------------
 
 
-def test_shuffles() -> None:
+@pytest.mark.sanitize
+@pytest.mark.parametrize("kernel", [TRIALS, BY_UCONTEXT])
+def test_shuffles(kernel: _device.Kernel) -> None:
     v = np.arange(2 * THREADS).reshape(-1, 32)
     lane = np.arange(32)
     expected = (
@@ -49,7 +54,7 @@ def test_shuffles() -> None:
         + 1000 * v[:, np.where(lane + 7 > 31, lane, lane + 7)]
         + 10000 * v[:, lane // 8 * 8 + 1]
     )
-    np.testing.assert_array_equal(trial(0).reshape(-1, 32), expected)
+    np.testing.assert_array_equal(trial(0, kernel=kernel).reshape(-1, 32), expected)
 
 
 def test_votes() -> None:
@@ -59,6 +64,7 @@ def test_votes() -> None:
     np.testing.assert_array_equal(trial(1)[:, ::32], warp + block[:, None])
 
 
+@pytest.mark.sanitize
 def test_barrier_and_order_of_threads() -> None:
     v = np.arange(2 * THREADS, dtype=np.int32).reshape(2, -1)
     for seed in range(6):
@@ -76,13 +82,46 @@ def test_blocks_wait_for_those_before(resident: int) -> None:
 def test_blocks_that_wait_for_later_ones_are_a_deadlock() -> None:
     with pytest.raises(simt.Fault, match="deadlock"):
         trial(5, 4, resident=2)
-    trial(5, 4, cooperative=True)
+    trial(5, 4, kernel=TOGETHER)
 
 
+@pytest.mark.sanitize
 def test_barrier_of_the_grid() -> None:
-    assert (trial(6, 5, cooperative=True) == 5).all()
+    assert (trial(6, 5, kernel=TOGETHER) == 5).all()
     with pytest.raises(simt.Fault, match="deadlock"):
         trial(6, 5)
+
+
+@pytest.mark.parametrize("resident", [1, 8])
+def test_clusters(resident: int) -> None:
+    sums = np.repeat([1 + 2 + 3 + 4, 5 + 6 + 7 + 8, 9 + 10 + 11 + 12], 4)
+    for seed in range(3):
+        out = trial(10, 12, kernel=IN_CLUSTERS, resident=resident, seed=seed)
+        np.testing.assert_array_equal(out, np.repeat(sums[:, None], THREADS, 1))
+    with pytest.raises(simt.Fault, match="at a barrier of the cluster"):
+        trial(37, 8, kernel=IN_CLUSTERS)
+    with pytest.raises(simt.Fault, match="block 4 of the cluster leaves it"):
+        trial(38, 8, kernel=IN_CLUSTERS)
+    with pytest.raises(ValueError, match="clusters"):
+        trial(10, 6, kernel=IN_CLUSTERS)
+
+
+def test_asynchronous_copies_arrive_when_waited_for() -> None:
+    v = np.arange(2 * THREADS).reshape(2, -1)
+    out = trial(12, shared=8 * THREADS)
+    np.testing.assert_array_equal(out, (v + 1000 + 100000 * v).astype(np.int32))
+
+
+def test_races_are_found() -> None:
+    for which in (0, 1, 2, 4, 7, 11, 12):
+        expected = trial(which, shared=8 * THREADS)
+        np.testing.assert_array_equal(trial(which, shared=8 * THREADS, races=True), expected)
+    for which in (3, 39, 42):
+        for seed in (0, 1):
+            with pytest.raises(
+                simt.Fault, match=r"race: byte \d+ of .* (read|written) by thread \d+ at line \d+ `.*by this"
+            ):
+                trial(which, races=True, seed=seed)
 
 
 def test_atomics() -> None:
@@ -118,6 +157,8 @@ def test_extrema() -> None:
         (30, "index 512 out of an array's bounds at line"),
         (32, "only whole warps"),
         (34, "stack overflow"),
+        (40, "copies are under way where the thread ends"),
+        (41, "misaligned asynchronous copy of 8 bytes"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -191,6 +232,7 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
     return np.dtype(request.param)
 
 
+@pytest.mark.sanitize
 def test_report(simt_device: simt.Device, dtype: np.dtype[Any]) -> None:
     value = np.ones((6, 3, 4), dtype)
     x, u, weights = value.copy(), value.copy(), np.ones(700, dtype)
@@ -211,13 +253,14 @@ def test_report(simt_device: simt.Device, dtype: np.dtype[Any]) -> None:
     assert solved.iterations.tolist() == [5] * 6
     np.testing.assert_array_equal(solved.chunk_iterations, report.counts)
     np.testing.assert_array_equal(solved.residual, np.where(np.arange(6) == 1, np.nan, 1e-3 / 2))
+    eps = np.finfo(np.float64 if dtype == np.float64 else np.float32).eps
     # something shared that is not finite concerns all that went wrong, and nobody else
     weights[600] = np.nan
     solved = _report.summary(value, report, True, (x, u), (weights,))
     assert solved.status.tolist() == [0, 3, 3, 3, 3, 1]
     assert (solved.iterations == 1).all()
     assert (solved.chunk_iterations == 1).all()
-    np.testing.assert_allclose(solved.residual, np.finfo(_report.compute_dtype(dtype)).eps / 0.25, rtol=1e-15)
+    np.testing.assert_allclose(solved.residual, eps / 0.25, rtol=1e-15)
     assert [launch.blocks for launch in simt_device.launches] == [6, 6]
 
 
