@@ -136,6 +136,7 @@ def _run(
         _device.launch(scan, batch * groups, THREADS, to_scan)
         if watch.look() == 0:
             break
+    watch.close()
 
 
 def solve(
