@@ -79,8 +79,8 @@ def summary(
     xp = _device.xp()
     batch, chunks = report.counts.shape
     limits = np.finfo(compute_dtype(value.dtype))
-    table = [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size // max(batch, 1), 0) for a in fields]
-    table += [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size, 1) for a in shared]
+    table = [(_address(a), a.size // max(batch, 1), 0) for a in fields]
+    table += [(_address(a), a.size, 1) for a in shared]
     solved = Solved(
         value,
         xp.empty(batch, np.int64),
@@ -97,3 +97,8 @@ def summary(
     )
     _device.launch(kernel, batch, 256, arguments, shared=16)
     return solved
+
+
+def _address(array: Array) -> int:
+    # NumPy's `data` cannot be had for bfloat16
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
