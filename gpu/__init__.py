@@ -5,17 +5,7 @@ then asking for one raises `NotImplementedError`, and arrays on a GPU are refuse
 nothing is ever moved to the CPU behind the caller's back.
 """
 
-from typing import NoReturn
-
 MESSAGE = (
     "this version of fpnumba has no GPU kernels, so CuPy arrays and other arrays on a GPU are refused; "
     "move them to the CPU first (cupy.asnumpy(x), x.cpu(), jax.device_get(x))"
 )
-
-_DOORS = ("scan", "mixers", "solve")
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name in _DOORS:
-        raise NotImplementedError(MESSAGE)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

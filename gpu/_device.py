@@ -107,9 +107,7 @@ def loaded() -> list[Kernel]:
     return [kernel for at, kernel in _loaded if at == device]
 
 
-def launch(
-    kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0
-) -> None:
+def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0) -> None:
     """Launch on the current stream.
 
     Parameters
@@ -129,6 +127,11 @@ def launch(
         function.max_dynamic_shared_size_bytes = shared
     given = tuple(np.uint64(0) if a is None else a for a in arguments)
     function((blocks,), (threads,), given, shared_mem=shared)
+
+
+def address(array: Any) -> int:
+    """Where an array begins in memory."""
+    return int(array.data.ptr) if hasattr(array.data, "ptr") else int(array.ctypes.data)
 
 
 def multiprocessors() -> int:

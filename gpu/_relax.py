@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpnumba.gpu import _device, _report
+from fpnumba.gpu import _device, _report, _shapes
 from fpnumba.gpu._device import Kernel
 
 Array = Any
@@ -99,7 +99,7 @@ def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     """
     if kind in ("dplr", "householder"):
         return 1
-    each = 2 * dim * _report.compute_dtype(dtype).itemsize
+    each = 2 * dim * _shapes.real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
 
@@ -168,7 +168,7 @@ def _any_shape(
     """The kernel `relax`, with the chunk in shared memory if it fits there."""
     xp = _device.xp()
     batch, steps, dim = source.shape
-    real = _report.compute_dtype(source.dtype)
+    real = _shapes.real(source.dtype)
     groups = _groups(dim, chunk, 512)
     spare = _spare(mixer, groups)
     shared = ROOM + spare * groups.count * real.itemsize
@@ -190,7 +190,7 @@ def _any_shape(
 
 
 def _eps(dtype: Any) -> np.float64:
-    return np.float64(np.finfo(_report.compute_dtype(dtype)).eps)
+    return np.float64(np.finfo(_shapes.real(dtype)).eps)
 
 
 def iterate(
@@ -224,7 +224,7 @@ def iterate(
     if new.size == 0:
         return new
     mixer = _Mixer.of(kind, params, dim)
-    real = _report.compute_dtype(source.dtype)
+    real = _shapes.real(source.dtype)
     rows = batch * steps
     groups = _groups(dim, 8, 256)
     spare = _spare(mixer, groups)
@@ -275,7 +275,7 @@ def pull(
     initial_bar = xp.empty((batch, dim), x.dtype) if steps else xp.zeros((batch, dim), x.dtype)
     rows = batch * steps
     if rows > 0:
-        real = _report.compute_dtype(x.dtype)
+        real = _shapes.real(x.dtype)
         groups = _groups(dim, 8, 256)
         spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
         shared, blocks, scratch = groups.count * spare * real.itemsize, -(-rows // groups.count), None

@@ -68,8 +68,8 @@ __device__ __forceinline__ void scan_channel(int n, int dim, const store* lam, c
         }
         const real value = old_share * old[k] + new_share * f;
         h[(i64)(ADJOINT ? n - 1 - from - k : from + k) * dim] = value;
-        change = larger(change, magnitude(f - old[k]));
-        size = larger(size, magnitude(value));
+        change = most(change, magnitude_bits(f - old[k]));
+        size = most(size, magnitude_bits(value));
       }
     }
   }
@@ -105,13 +105,13 @@ relax(const store* first, const store* second, const store* lam, const store* ga
       if (q > 0) state = carry[b * dim + i];
       else if (initial) state = widen(initial[b * dim + i]);
       carry[b * dim + i] = state;
-      any = larger(any, magnitude(state));
+      any = most(any, magnitude_bits(state));
       if (guess)
-        for (int k = 0; k < n; ++k) any = larger(any, magnitude((real)widen(source[(row + k) * dim + i])));
+        for (int k = 0; k < n; ++k) any = most(any, magnitude_bits((real)widen(source[(row + k) * dim + i])));
       if (chunks > 1 && (!ADJOINT || end < steps)) {
         real rest = 1;
         for (int k = 0; k < n; ++k) rest *= (real)widen(lam[(row + k + ADJOINT) * dim + i]);
-        if (rest == rest) decay = larger(decay, magnitude(rest));
+        if (rest == rest) decay = most(decay, magnitude_bits(rest));
       }
     }
     block_largest(decay, any, room + 64);  // not where the last iteration may still be read

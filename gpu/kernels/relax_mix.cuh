@@ -59,23 +59,23 @@ __device__ __forceinline__ void group_sync() {
 }
 
 // The bits of |v|, in the order of the magnitudes, NaN above infinity: a maximum of them is exact and keeps a NaN.
-__device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
-__device__ __forceinline__ u64 magnitude(double v) { return (u64)__double_as_longlong(v) & 0x7fffffffffffffffull; }
+__device__ __forceinline__ u32 magnitude_bits(float v) { return __float_as_uint(v) & 0x7fffffffu; }
+__device__ __forceinline__ u64 magnitude_bits(double v) { return (u64)__double_as_longlong(v) & 0x7fffffffffffffffull; }
 __device__ __forceinline__ double from_magnitude(u32 v) { return (double)__uint_as_float(v); }
 __device__ __forceinline__ double from_magnitude(u64 v) { return __longlong_as_double((i64)v); }
 template <class T> struct BitsOf { typedef u32 type; };
 template <> struct BitsOf<double> { typedef u64 type; };
 typedef BitsOf<real>::type bits;
 
-__device__ __forceinline__ bits larger(bits a, bits b) { return a > b ? a : b; }
+__device__ __forceinline__ bits most(bits a, bits b) { return a > b ? a : b; }
 
 // Largest over the block, in every thread; `room` holds one entry per warp. Ends with all threads past a barrier after
 // which `room` may not be written before another one.
 __device__ __forceinline__ void block_largest(bits& a, bits& b, bits* room) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int reach = 16; reach > 0; reach /= 2) {
-    a = larger(a, __shfl_xor_sync(0xffffffffu, a, reach));
-    b = larger(b, __shfl_xor_sync(0xffffffffu, b, reach));
+    a = most(a, __shfl_xor_sync(0xffffffffu, a, reach));
+    b = most(b, __shfl_xor_sync(0xffffffffu, b, reach));
   }
   if (lane == 0) {
     room[2 * warp] = a;
@@ -83,8 +83,8 @@ __device__ __forceinline__ void block_largest(bits& a, bits& b, bits* room) {
   }
   __syncthreads();
   for (int w = 0; w < warps; ++w) {
-    a = larger(a, room[2 * w]);
-    b = larger(b, room[2 * w + 1]);
+    a = most(a, room[2 * w]);
+    b = most(b, room[2 * w + 1]);
   }
 }
 

@@ -6,8 +6,6 @@
 #define MAX_ITER 1
 #define DIVERGED 2
 
-__device__ __forceinline__ bool is_finite(double v) { return fabs(v) <= 1.7976931348623157e308; }
-
 // The part of the tolerance that one chunk may use up. An error carried in leaves the chunk multiplied by `decay` =
 // max_d prod_t |lam| at most: errors of 1 - decay, or of 1 / chunks, add up to one. Half of that: the other half is for
 // what the mixing makes of the carried error.
