@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", ())
     missed = sum(f"Skipped: {gpu_machine.REASON}" in str(report.longrepr) for report in skipped)
     if missed:
-        terminalreporter.write_line(f"{missed} tests were skipped for want of a GPU", yellow=True)
+        terminalreporter.write_line(f"skipped for want of a GPU: {missed}", yellow=True)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def _cache() -> Path:
 
 @functools.cache
 def _version(command: str) -> str:
-    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    return str(subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout)
 
 
 _BOUND = r"__launch_bounds__\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
@@ -195,6 +195,8 @@ def _letter(dtype: np.dtype[Any]) -> str:
 def _pointer(argument: Any, parameter: str, place: str) -> ctypes.c_void_p:
     if argument is None:
         return ctypes.c_void_p(0)
+    if isinstance(argument, np.uint64):  # an address: see `_device.address`
+        return ctypes.c_void_p(int(argument))
     if not isinstance(argument, np.ndarray):
         raise TypeError(f"{place} is a pointer, but got {type(argument).__name__}")
     if not argument.flags.c_contiguous:
