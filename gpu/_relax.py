@@ -23,6 +23,8 @@ LONGEST_CHUNK = 32
 # More channels than this are mixed by a whole block, not by a warp.
 WIDE_DIM = 1024
 ROOM = 1024
+# Kronecker factors up to this size are mixed on tensor cores.
+MOST_FACTOR = 32
 
 
 class _Mixer(NamedTuple):
@@ -144,7 +146,8 @@ def solve(
     report = _report.blank(batch, chunks)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
-        _any_shape(mixer, lam, gate, source, initial, guess, value, report, *options)
+        serves = _kronecker if _on_tensor_cores(mixer, source.dtype, chunk, damping) else _any_shape
+        serves(mixer, lam, gate, source, initial, guess, value, report, *options)
     inputs = (lam, source, gate, initial, guess, *params)
     return _report.summary(value, report, False, tuple(a for a in inputs if a is not None))
 
@@ -187,6 +190,60 @@ def _any_shape(
     )
     kernel = Kernel.of("relax.cu", "relax", macros)
     _device.launch(kernel, batch, groups.threads, arguments, shared=shared)
+
+
+def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
+    """Whether `relax_kronecker` serves this solve."""
+    small = mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+    return small and _shapes.real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
+
+
+def _most_warps(dim: int) -> int:
+    return 8 if dim > 256 else 16
+
+
+def _kronecker_kernel(
+    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool
+) -> tuple[Kernel, int]:
+    """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
+    rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
+    # numbers that a thread holds: the factors, two products, three of all steps, and whatever else there is
+    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
+    blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
+    macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    step = 8 * inner * (8 * columns + 4)
+    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (4 + step)
+
+
+def _kronecker(
+    mixer: _Mixer,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    guess: Array | None,
+    value: Array,
+    report: _report.Report,
+    adjoint: bool,
+    chunk: int,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> None:
+    """The kernel `relax_kronecker`: one warp for each step of a chunk."""
+    batch, steps, _ = source.shape
+    warps = 1 << (chunk - 1).bit_length()
+    kernel, shared = _kronecker_kernel(
+        _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
+    )
+    arguments = (
+        *(mixer.first, mixer.second, lam, gate, source, initial, guess, value, np.int64(steps), np.int32(chunk)),
+        *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
+        *(report.counts, report.change, report.scale, report.state),
+    )
+    _device.launch(kernel, batch, 32 * warps, arguments, shared=shared)
 
 
 def _eps(dtype: Any) -> np.float64:

@@ -10,6 +10,9 @@
 #define HOUSEHOLDER 3
 #define LOW_RANK (KIND == DPLR || KIND == HOUSEHOLDER)
 
+#ifndef KIND
+#define KIND KRONECKER
+#endif
 #ifndef RANK
 #define RANK 0
 #endif
