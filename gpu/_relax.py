@@ -101,7 +101,7 @@ def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     """
     if kind in ("dplr", "householder"):
         return 1
-    each = 2 * dim * _shapes.real(dtype).itemsize
+    each = 2 * dim * _real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
 
@@ -171,7 +171,7 @@ def _any_shape(
     """The kernel `relax`, with the chunk in shared memory if it fits there."""
     xp = _device.xp()
     batch, steps, dim = source.shape
-    real = _shapes.real(source.dtype)
+    real = _real(source.dtype)
     groups = _groups(dim, chunk, 512)
     spare = _spare(mixer, groups)
     shared = ROOM + spare * groups.count * real.itemsize
@@ -195,7 +195,7 @@ def _any_shape(
 def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
     """Whether `relax_kronecker` serves this solve."""
     small = mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
-    return small and _shapes.real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
+    return small and _real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
 
 
 def _most_warps(dim: int) -> int:
@@ -212,8 +212,10 @@ def _kronecker_kernel(
     blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
     macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
     macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
+    constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
-    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (4 + step)
+    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (4 + step + constants)
 
 
 def _kronecker(
@@ -246,8 +248,13 @@ def _kronecker(
     _device.launch(kernel, batch, 32 * warps, arguments, shared=shared)
 
 
+def _real(dtype: Any) -> np.dtype[Any]:
+    """The dtype that a storage dtype is computed in."""
+    return np.dtype(_shapes.real(dtype))
+
+
 def _eps(dtype: Any) -> np.float64:
-    return np.float64(np.finfo(_shapes.real(dtype)).eps)
+    return np.float64(np.finfo(_real(dtype)).eps)
 
 
 def iterate(
@@ -281,7 +288,7 @@ def iterate(
     if new.size == 0:
         return new
     mixer = _Mixer.of(kind, params, dim)
-    real = _shapes.real(source.dtype)
+    real = _real(source.dtype)
     rows = batch * steps
     groups = _groups(dim, 8, 256)
     spare = _spare(mixer, groups)
@@ -332,7 +339,7 @@ def pull(
     initial_bar = xp.empty((batch, dim), x.dtype) if steps else xp.zeros((batch, dim), x.dtype)
     rows = batch * steps
     if rows > 0:
-        real = _shapes.real(x.dtype)
+        real = _real(x.dtype)
         groups = _groups(dim, 8, 256)
         spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
         shared, blocks, scratch = groups.count * spare * real.itemsize, -(-rows // groups.count), None

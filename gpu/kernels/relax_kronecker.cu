@@ -4,11 +4,13 @@
 //
 // Sections 3, 6 and 7 of docs/mathematics.md. One block per sequence. A warp mixes one step, on tensor cores
 // (relax_tensor.cuh), from parameters that it keeps in registers as long as the chunk is iterated. A thread scans the
-// same channels of all steps, with their lam, c and iterate in registers. What passes between them, the iterate (in the
-// adjoint g times it) one way and what mixing made of it the other, is all that goes through shared memory, in place.
+// same channels of all steps, with their lam and iterate in registers and their c in shared memory. What passes between
+// them, the iterate (in the adjoint g times it) one way and what mixing made of it the other, goes through shared memory,
+// in place.
 //
 // Memory traffic: everything from device memory once (a gate once per iteration, from the caches), the result written
-// once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, and by the scan.
+// once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, 2 D read and D
+// written by the scan.
 //
 // Macros: STORE (float, f16, bf16); D1, D2; WARPS; BLOCKS on a multiprocessor; ADJOINT, GATED 0 or 1.
 #include "common.cuh"
@@ -56,7 +58,7 @@ __device__ __forceinline__ void announce(const store* from, i64 count) {
 }
 
 // k1 (B, T, D1, D1), k2 (B, T, D2, D2); lam, gate, source, guess, value (B, T, D); initial (B, D) or null, guess null:
-// from zero. Shared memory: 4 WARPS floats, then WARPS steps.
+// from zero. Shared memory: 4 WARPS floats, then WARPS steps, and WARPS TURNS THREADS WIDTH for c.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 relax_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source,
                 const store* initial, const store* guess, store* value, i64 steps, int chunk, double eps, double rtol,
@@ -70,6 +72,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
   for (int i = threadIdx.x; i < WARPS * STEP; i += THREADS) mixing[i] = 0;  // what is beyond D1 and D2 stays so
   __syncthreads();
 
+  Wide* constant = (Wide*)(mixing + WARPS * STEP) + threadIdx.x;  // c, or hbar: of this thread only
   // Channel of a turn, and where it lies in a step in shared memory
   auto channel = [&](int turn) { return (turn * THREADS + (int)threadIdx.x) * WIDTH; };
   auto inside = [&](int turn) { return EVEN || channel(turn) < D; };
@@ -95,10 +98,12 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
     const i64 c = ADJOINT ? chunks - 1 - q : q, begin = c * chunk, end = begin + chunk < steps ? begin + chunk : steps;
     const int n = (int)(end - begin);
     const i64 row = b * steps + begin;  // the first step of the chunk, counted over all sequences
-    auto at = [&](int turn, int k) { return (row + k) * D + channel(turn); };
+    // Steps are counted as they are scanned.
+    auto step = [&](int k) { return row + (ADJOINT ? n - 1 - k : k); };
+    auto at = [&](int turn, int k) { return step(k) * D + channel(turn); };
     auto gates = [&](int turn, int k, const float* decay, float* g) {
       if (GATED) {
-        const Stored from = *(const Stored*)(gate + at(turn, k));
+        const Stored from = *(const Stored*)(gate + at(turn, min(k, n - 1)));
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) g[e] = widen(from.v[e]);
       } else {
@@ -107,11 +112,13 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
       }
     };
 
-    // Everything that the chunk needs, into registers
+    // Everything that the chunk needs, into registers. Steps beyond the last one are taken along, and hand on what
+    // comes in.
     Factors factors;
     bool sound = true;
-    if (warp < n) sound = factors.load<ADJOINT>(k1 + (row + warp) * (D1 * D1), k2 + (row + warp) * (D2 * D2));
-    float decay[WARPS][TURNS][WIDTH], add[WARPS][TURNS][WIDTH], old[WARPS][TURNS][WIDTH];
+    if (warp < n) sound = factors.load<ADJOINT>(k1 + step(warp) * (D1 * D1), k2 + step(warp) * (D2 * D2));
+    float decay[WARPS][TURNS][WIDTH], old[WARPS][TURNS][WIDTH];
+    auto add = [&](int turn, int k) { return constant + (k * TURNS + turn) * THREADS; };
     bits any = 0, rest_bits = 0;
 #pragma unroll
     for (int j = 0; j < TURNS; ++j) {
@@ -119,7 +126,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) {
         rest[e] = 1;
-        if (ADJOINT && inside(j) && end < steps) rest[e] = widen(lam[at(j, n) + e]);
+        if (ADJOINT && inside(j) && end < steps) rest[e] = widen(lam[at(j, -1) + e]);
         any = most(any, magnitude_bits(carry[j][e]));
       }
 #pragma unroll
@@ -135,12 +142,13 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
         Wide mixes;
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) {
-          decay[k][j][e] = widen(l.v[e]);
-          add[k][j][e] = mixes.v[e] = widen(x.v[e]);
+          decay[k][j][e] = k < n ? widen(l.v[e]) : 1.0f;
+          mixes.v[e] = widen(x.v[e]);
           old[k][j][e] = 0;
-          any = most(any, magnitude_bits(add[k][j][e]));
-          if (k < n && !(ADJOINT && k == 0)) rest[e] *= decay[k][j][e];
+          any = most(any, magnitude_bits(mixes.v[e]));
+          if (k < n - ADJOINT) rest[e] *= decay[k][j][e];
         }
+        *add(j, k) = mixes;
         if (!ADJOINT && inside(j) && k < n) *place(j, k) = mixes;
       }
       if (inside(j))
@@ -152,46 +160,43 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
     if (!sound) any = magnitude_bits(__uint_as_float(0x7fffffffu));
     block_largest(rest_bits, any, room);
     const double share = tolerance_share(chunks, from_magnitude(rest_bits));
-    if (!ADJOINT) {  // c = g (x - P x)
-      if (warp < n) factors.apply(mine);
-      __syncthreads();
+    // From zero, mixing would make zero of it, or NaN where a parameter is not finite: c has that, or `any` says so.
+    const bool warm = guess && any > 0;
+    const float nothing = ADJOINT && any > 0x7f800000u ? __uint_as_float(0x7fffffffu) : 0.0f;
+    // Forward, x was mixed: c = g (x - P x). Then the iterate that the chunk starts from.
+    auto start = [&]() {
 #pragma unroll
       for (int j = 0; j < TURNS; ++j)
 #pragma unroll
         for (int k = 0; k < WARPS; ++k)
-          if (k < n && inside(j)) {
-            const Wide mixed = *place(j, k);
+          if (inside(j)) {
+            Wide mixes, x;
             float g[WIDTH];
-            gates(j, k, decay[k][j], g);
+            if (!ADJOINT || warm) gates(j, k, decay[k][j], g);
+            if (!ADJOINT && k < n) {
+              mixes = *place(j, k);
+              x = *add(j, k);
 #pragma unroll
-            for (int e = 0; e < WIDTH; ++e) add[k][j][e] = g[e] * (add[k][j][e] - mixed.v[e]);
-          }
-    }
-    // From zero, mixing would make zero of it, or NaN where a parameter is not finite: c has that, or `any` says so.
-    const bool warm = guess && any > 0;
-    const float nothing = ADJOINT && any > 0x7f800000u ? __uint_as_float(0x7fffffffu) : 0.0f;
-#pragma unroll
-    for (int j = 0; j < TURNS; ++j)
-#pragma unroll
-      for (int k = 0; k < WARPS; ++k)
-        if (k < n && inside(j)) {
-          Wide mixes;
-          float g[WIDTH];
-          if (warm) {
-            const Stored from = *(const Stored*)(guess + at(j, k));
-            if (ADJOINT) gates(j, k, decay[k][j], g);
-#pragma unroll
-            for (int e = 0; e < WIDTH; ++e) {
-              old[k][j][e] = widen(from.v[e]);
-              mixes.v[e] = ADJOINT ? g[e] * old[k][j][e] : old[k][j][e];
+              for (int e = 0; e < WIDTH; ++e) x.v[e] = g[e] * (x.v[e] - mixes.v[e]);
+              *add(j, k) = x;
             }
-          } else {
 #pragma unroll
-            for (int e = 0; e < WIDTH; ++e) mixes.v[e] = nothing;
+            for (int e = 0; e < WIDTH; ++e) mixes.v[e] = k < n ? nothing : 0.0f;
+            if (warm && k < n) {
+              const Stored from = *(const Stored*)(guess + at(j, k));
+#pragma unroll
+              for (int e = 0; e < WIDTH; ++e) {
+                old[k][j][e] = widen(from.v[e]);
+                mixes.v[e] = ADJOINT ? g[e] * old[k][j][e] : old[k][j][e];
+              }
+            }
+            *place(j, k) = mixes;
           }
-          *place(j, k) = mixes;
-        }
-    __syncthreads();
+    };
+    if (ADJOINT) {
+      start();
+      __syncthreads();
+    }
     if (q + 1 < chunks) {  // the chunk after this one
       const i64 then = row + (ADJOINT ? -chunk : n), some = ADJOINT || end + chunk < steps ? chunk : steps - end;
       announce(k1 + then * (D1 * D1), some * (D1 * D1));
@@ -202,26 +207,37 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
       if (guess) announce(guess + then * D, some * D);
     }
 
+    float leaves[TURNS][WIDTH];  // the next chunk's carry
     Chunk now = {0, 0, outcome.scale, false};
+    bool started = ADJOINT, mixes = !ADJOINT || warm;
     while (now.goes_on(max_iter)) {
-      if (now.count > 0 || warm) {
+      if (mixes) {
         if (warp < n) factors.apply(mine);
         __syncthreads();
+      }
+      mixes = started || warm;
+      if (!started) {
+        start();
+        started = true;
+        if (warm) __syncthreads();
+        continue;
       }
       float change = 0, size = 0;
 #pragma unroll
       for (int j = 0; j < TURNS; ++j) {
-        float state[WIDTH];
+        float(&state)[WIDTH] = leaves[j];
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) state[e] = carry[j][e];
-        Wide mixed[WARPS];
+        Wide mixed[WARPS], plus[WARPS];
 #pragma unroll
         for (int k = 0; k < WARPS; ++k)
-          if (k < n && inside(j)) mixed[k] = *place(j, k);
+          if (inside(j)) {
+            mixed[k] = *place(j, k);
+            plus[k] = *add(j, k);
+          }
 #pragma unroll
-        for (int turn = 0; turn < WARPS; ++turn) {
-          const int k = ADJOINT ? WARPS - 1 - turn : turn;
-          if (k < n && inside(j)) {
+        for (int k = 0; k < WARPS; ++k)
+          if (inside(j)) {
             float g[WIDTH];
             gates(j, k, decay[k][j], g);
             Wide next;
@@ -229,21 +245,22 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
             for (int e = 0; e < WIDTH; ++e) {
               float f;
               if (ADJOINT) {
-                f = add[k][j][e] + mixed[k].v[e] + state[e];
+                f = plus[k].v[e] + mixed[k].v[e] + state[e];
                 state[e] = decay[k][j][e] * f;
                 next.v[e] = g[e] * f;
               } else {
-                f = fmaf(decay[k][j][e], state[e], fmaf(g[e], mixed[k].v[e], add[k][j][e]));
+                f = fmaf(decay[k][j][e], state[e], fmaf(g[e], mixed[k].v[e], plus[k].v[e]));
                 state[e] = f;
                 next.v[e] = f;
               }
-              change = most_of(change, f - old[k][j][e]);
-              size = most_of(size, f);
+              if (k < n) {
+                change = most_of(change, f - old[k][j][e]);
+                size = most_of(size, f);
+              }
               old[k][j][e] = f;
             }
-            *place(j, k) = next;
+            if (k < n) *place(j, k) = next;
           }
-        }
       }
       bits changed = magnitude_bits(change), largest = magnitude_bits(size);
       block_largest(changed, largest, room + 2 * WARPS);
@@ -254,14 +271,13 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
     for (int j = 0; j < TURNS; ++j)
       if (inside(j)) {
 #pragma unroll
+        for (int e = 0; e < WIDTH; ++e) carry[j][e] = leaves[j][e];
+#pragma unroll
         for (int k = 0; k < WARPS; ++k)
           if (k < n) {
             Stored out;
 #pragma unroll
-            for (int e = 0; e < WIDTH; ++e) {
-              out.v[e] = narrow(old[k][j][e]);
-              if (ADJOINT ? k == 0 : k == n - 1) carry[j][e] = ADJOINT ? decay[k][j][e] * old[k][j][e] : old[k][j][e];
-            }
+            for (int e = 0; e < WIDTH; ++e) out.v[e] = narrow(old[k][j][e]);
             *(Stored*)(value + at(j, k)) = out;
           }
       }
