@@ -1,0 +1,60 @@
+"""Which kernels serve a call: the tuned ones, or the readable ones that also take a user's own mixer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+ENGINES = ("raw", "numba")
+
+_engine: ContextVar[str | None] = ContextVar("fpnumba_engine", default=None)
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Let the kernels of one engine serve the GPU calls inside a ``with`` block, in this thread and this context.
+
+    Without it, ``"raw"`` serves what it has kernels for and ``"numba"`` the rest; by name there is no falling back.
+
+    Parameters
+    ----------
+    name : {"raw", "numba"}
+        CUDA C kernels, tuned; or numba.cuda kernels, readable, which also take a user's own mixer.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    _known(name)
+    token = _engine.set(name)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
+
+
+def engine() -> str | None:
+    """The engine that was asked for by name; None leaves the choice to the room."""
+    return _engine.get()
+
+
+def tuned(kind: Any, name: str | None = None) -> bool:
+    """Whether the tuned kernels serve this kind of mixer.
+
+    Raises
+    ------
+    ValueError
+        For an unknown engine, and where ``"raw"`` is asked for by name and has no kernel.
+    """
+    name = engine() if name is None else _known(name)
+    own = not isinstance(kind, str)
+    if name == "raw" and own:
+        raise ValueError(f"engine: 'raw' has no kernels for a user's own mixer ({kind.name}); use 'numba'")
+    return name != "numba" and not own
+
+
+def _known(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"engine: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}")
+    return name
