@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from array_api_compat import is_cupy_array
 from numpy.typing import NDArray
 
-from fpnumba.arrays import DTYPES, Float, kind_of, neighbour
+from fpnumba.arrays import DTYPES, Float, kind_of, namespace, neighbour, to_numpy
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import fixed_point_rnn
 from fpnumba.solve import Adjoint, Solution, Solver
@@ -98,7 +99,8 @@ def check_adjoint(
         As for `vjp`.
     *primals
         Arrays, mixers (their parameters are varied), dicts of these (a layer's parameters). Arrays of
-        floating point are converted to NumPy float64; everything else is passed on as it is and not varied.
+        floating point are converted to NumPy float64, those on a GPU to CuPy float64; everything else is passed
+        on as it is and not varied.
     tolerance : float
         Largest relative error that passes.
     seed : int
@@ -137,7 +139,8 @@ def check_adjoint(
     options = {name: _as_float64(option) for name, option in options.items()}
     out, pullback = vjp(fun, *primals, **options)
     ybar = [rng.standard_normal(part.shape) for part in _outputs(out)]
-    bars = pullback(tuple(ybar) if isinstance(out, tuple | list) else ybar[0])
+    laid = [_beside(part, bar) for part, bar in zip(_parts(out), ybar, strict=True)]
+    bars = pullback(tuple(laid) if isinstance(out, tuple | list) else laid[0])
     found = {f"primal {i}": bar for i, bar in enumerate(bars)} | getattr(bars, "options", {})
     given = {f"primal {i}": primal for i, primal in enumerate(primals)} | options
 
@@ -155,10 +158,11 @@ def check_adjoint(
             bar = {p: b for p, b, _ in _leaves(found[name], name)}.get(path)
             if bar is None:
                 raise TypeError(f"the pullback of {fun!r} has no cotangent for {path}")
-            v = rng.standard_normal(array.shape)
+            direction = rng.standard_normal(array.shape)
+            v = _beside(array, direction)
             jv = _derivative(lambda e: value(name, rebuild(array + e * v)))  # noqa: B023 - used at once
             left = sum(float(np.vdot(a, b)) for a, b in zip(ybar, jv, strict=True))
-            right = float(np.vdot(bar, v))
+            right = float(np.vdot(to_numpy(bar), direction))
             size = sum(np.linalg.norm(a) * np.linalg.norm(b) for a, b in zip(ybar, jv, strict=True))
             scale = max(abs(left), abs(right), 1e-2 * float(size))
             products[path] = (left, right)
@@ -179,20 +183,32 @@ def check_adjoint(
 
 
 def _as_float64(thing: Any) -> Any:
-    """The same structure, its arrays of floating point as NumPy float64."""
+    """The same structure, its arrays of floating point as NumPy float64, or CuPy float64 if they lie on a GPU."""
     if isinstance(thing, Mixer):
         return thing.like(*(_as_float64(p) for p in thing.params))
     if isinstance(thing, Mapping):
         return {key: _as_float64(value) for key, value in thing.items()}
-    if not hasattr(thing, "__dlpack__"):
+    if not hasattr(thing, "__dlpack__") and not hasattr(thing, "__cuda_array_interface__"):
         return thing
     host = neighbour(kind_of("primal", thing))
-    return np.array(host.take(thing), np.float64) if host.dtype_name(thing) in DTYPES else thing
+    if host.dtype_name(thing) not in DTYPES:
+        return thing
+    view = host.take(thing)
+    return namespace(view).array(view, np.float64)
 
 
-def _leaves(thing: Any, path: str) -> list[tuple[str, NDArray[np.float64], Callable[[Any], Any]]]:
+def _is_array(thing: Any) -> bool:
+    return isinstance(thing, np.ndarray) or is_cupy_array(thing)
+
+
+def _beside(array: Any, numbers: NDArray[np.float64]) -> Any:
+    """These numbers where the array is."""
+    return namespace(array).asarray(numbers) if _is_array(array) else numbers
+
+
+def _leaves(thing: Any, path: str) -> list[tuple[str, Any, Callable[[Any], Any]]]:
     """Every float64 array of a structure: where it is, and how to put another in its place."""
-    if isinstance(thing, np.ndarray) and thing.dtype == np.float64:
+    if _is_array(thing) and thing.dtype == np.float64:
         return [(path, thing, lambda new: new)]
     if isinstance(thing, Mixer):
         parts: dict[Any, Any] = dict(zip(thing.shapes, thing.params, strict=True))
@@ -204,7 +220,7 @@ def _leaves(thing: Any, path: str) -> list[tuple[str, NDArray[np.float64], Calla
 
 def _branches(
     parts: dict[Any, Any], path: str, style: str, join: Callable[[dict[Any, Any]], Any]
-) -> list[tuple[str, NDArray[np.float64], Callable[[Any], Any]]]:
+) -> list[tuple[str, Any, Callable[[Any], Any]]]:
     def put(key: Any, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda new: join(parts | {key: inner(new)})
 
@@ -215,11 +231,13 @@ def _branches(
     ]
 
 
-def _outputs(out: Any) -> list[Float]:
+def _parts(out: Any) -> list[Any]:
     parts = out if isinstance(out, tuple | list) else (out,)
-    return [
-        np.asarray(part.value if isinstance(part, Solution) else part, dtype=np.float64) for part in parts
-    ]
+    return [part.value if isinstance(part, Solution) else part for part in parts]
+
+
+def _outputs(out: Any) -> list[Float]:
+    return [np.asarray(to_numpy(p) if is_cupy_array(p) else p, dtype=np.float64) for p in _parts(out)]
 
 
 def _derivative(along: Callable[[float], list[Float]], step: float = 4e-3) -> list[Float]:

@@ -1,21 +1,43 @@
 """Profiles and fixtures shared by the whole suite.
 
-The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder.
+The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder. ``--room gpu`` runs the
+cases of that room and nothing else.
 """
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
-# JAX on the CPU only, whatever else the machine has: these tests are about exchange of arrays.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX must not take most of a GPU's memory for itself
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
+from hall import ABSENT
+
+# On a machine with a GPU its arrays are exchanged as well; elsewhere JAX need not look for one.
+if ABSENT is not None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--room", action="append", metavar="ROOM", help="only the cases of this room (repeatable)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--room")
+    if wanted:
+        room = {item: getattr(item, "callspec", None) for item in items}
+        kept = [i for i in items if (spec := room[i]) is not None and spec.params.get("room") in wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
 
 hypothesis.settings.register_profile(
     "quick",
@@ -37,6 +59,29 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
+
+
+class GpuRoom(NamedTuple):
+    """Where the arrays of a test of the GPU room lie, and how they get there and back."""
+
+    name: str
+    give: Callable[[Any], Any]
+    get: Callable[[Any], Any]
+
+
+@pytest.fixture(params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
+def gpu_room(request: pytest.FixtureRequest) -> GpuRoom:
+    """The GPU room on NumPy arrays and the CPU, and on a device where there is one."""
+    if request.param == "simt":
+        request.getfixturevalue("simt_device")
+        return GpuRoom("simt", lambda a: a, lambda a: a)
+    import cupy
+
+    return GpuRoom(
+        "cupy",
+        lambda a: None if a is None else cupy.asarray(a),
+        lambda a: None if a is None else cupy.asnumpy(a),
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

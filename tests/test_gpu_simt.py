@@ -106,6 +106,24 @@ def test_clusters(resident: int) -> None:
         trial(10, 6, kernel=IN_CLUSTERS)
 
 
+def test_asynchronous_copies_arrive_when_waited_for() -> None:
+    v = np.arange(2 * THREADS).reshape(2, -1)
+    out = trial(12, shared=8 * THREADS)
+    np.testing.assert_array_equal(out, (v + 1000 + 100000 * v).astype(np.int32))
+
+
+def test_races_are_found() -> None:
+    for which in (0, 1, 2, 4, 7, 11, 12):
+        expected = trial(which, shared=8 * THREADS)
+        np.testing.assert_array_equal(trial(which, shared=8 * THREADS, races=True), expected)
+    for which in (3, 39, 42):
+        for seed in (0, 1):
+            with pytest.raises(
+                simt.Fault, match=r"race: byte \d+ of .* (read|written) by thread \d+ at line \d+ `.*by this"
+            ):
+                trial(which, races=True, seed=seed)
+
+
 def test_atomics() -> None:
     values = np.random.default_rng(0).permutation(THREADS).astype(np.int32)
     assert (trial(7, 1, values=values) == THREADS - 1 + 1000 * THREADS).all()
@@ -139,6 +157,8 @@ def test_extrema() -> None:
         (30, "index 512 out of an array's bounds at line"),
         (32, "only whole warps"),
         (34, "stack overflow"),
+        (40, "copies are under way where the thread ends"),
+        (41, "misaligned asynchronous copy of 8 bytes"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])

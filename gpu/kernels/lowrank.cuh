@@ -36,7 +36,9 @@ __device__ __forceinline__ bool leader() { return threadIdx.x == 0 && rank_in_cl
 
 // Everybody who works on the step waits for everybody.
 __device__ __forceinline__ void everybody() {
-#if CLUSTER > 1
+#if CLUSTER > 1 && defined(SIMT)
+  simt_cluster_barrier();
+#elif CLUSTER > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
@@ -45,7 +47,9 @@ __device__ __forceinline__ void everybody() {
 
 // Store a number at the same place of the shared memory of every block of the cluster.
 __device__ __forceinline__ void tell(real* place, real v) {
-#if CLUSTER > 1
+#if CLUSTER > 1 && defined(SIMT)
+  for (int k = 0; k < CLUSTER; ++k) *simt::in_cluster(place, k) = v;
+#elif CLUSTER > 1
   const u32 here = (u32)__cvta_generic_to_shared(place);
 #pragma unroll
   for (int k = 0; k < CLUSTER; ++k) {
@@ -433,10 +437,12 @@ __device__ __forceinline__ int channel(int a) {
 template <int ARRAYS> struct Ring {
   static constexpr int ROWS = ARRAYS * ACCESSES * THREADS;  // accesses a stage
   access* rows;
-  u64* strengths;  // [STAGES][STRENGTHS], each as it lies in memory
+  // [STAGES + 1][STRENGTHS], each as it lies in memory. One more than stages: all threads read what one has fetched, and
+  // who fetches the next may be a step ahead of who still reads.
+  u64* strengths;
 
   static constexpr int STRENGTHS = (R + 1) / 2 * 2;  // words a stage
-  static constexpr int BYTES = STAGES * (ROWS * (int)sizeof(access) + STRENGTHS * 8);
+  static constexpr int BYTES = STAGES * ROWS * (int)sizeof(access) + (STAGES + 1) * STRENGTHS * 8;
 
   __device__ void init(unsigned char* memory, int dim) {
     rows = (access*)memory;
@@ -483,43 +489,86 @@ template <int ARRAYS> struct Ring {
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
 
-// The blocks of a sequence's segments, one each and all of them resident, walk again from the true state until nothing
-// moves. `state` is what a walk starts from and leaves; `again` walks, stops where the result is what was there to within
-// rounding, and says whether it never was.
-//   carry [2][blocks][dim]  what a segment hands on;  moved [2][blocks]  whether it did so in the round before
-//   barrier: how many have arrived, and then for each round how many moved
-template <class Walk>
-__device__ __forceinline__ void settle_segments(int j, int segments, int dim, real (&state)[VALUES], real* carry,
-                                                u32* moved, u32* barrier, Walk again) {
-  auto leave = [&](real* to) {
+// The blocks of a sequence's segments, one each and all of them resident, walk again from better and better states until
+// nothing moves. What comes into a segment is what the one before left, and what it would have left more or less, had it
+// known what comes into it: the product of its lam says that, roughly, for what only decays and is not mixed. Where lam
+// decays fast that product is nothing; where it does not, a correction reaches all segments at once, not one a round.
+//   state     what a walk starts from, and leaves
+//   decay     the product of the segment's lam
+//   again     walks, stops where the result is what was there to within rounding, and says whether it never was
+//   differ    whether the largest of one number a thread is more than roundings of the largest of another
+//   between   [3][blocks][dim]: what segments left, what entered them, their products
+//   barrier   how many have arrived, and then for each round how many moved
+template <class Walk, class Differ>
+__device__ __forceinline__ void settle_segments(int j, int segments, int dim, real (&state)[VALUES],
+                                                const real (&decay)[VALUES], real* between, u32* barrier, Walk again,
+                                                Differ differ) {
+  const i64 all = (i64)gridDim.x * dim, mine = (i64)blockIdx.x * dim;
+  real *ends = between, *entries = between + all, *products = between + 2 * all;
+  auto worse = [](real so_far, real d) { return is_finite(d) ? Most::of(so_far, magnitude(d)) : 2 * LARGEST; };
+  u32* movers = barrier + 1;
+  auto leave = [&](real* to, auto what) {
 #pragma unroll
     for (int a = 0; a < ACCESSES; ++a)
 #pragma unroll
       for (int e = 0; e < EACH; ++e)
-        if (channel(a) + e < dim) to[channel(a) + e] = state[a * EACH + e];
+        if (channel(a) + e < dim) to[mine + channel(a) + e] = what(a * EACH + e);
   };
-  const i64 blocks = gridDim.x;
-  u32* movers = barrier + 1;
-  leave(carry + (i64)blockIdx.x * dim);
-  grid_barrier(barrier, 0);
+  leave(ends, [&](int v) { return state[v]; });
+  leave(entries, [&](int) { return (real)0; });
+  leave(products, [&](int v) { return decay[v]; });
+  u32 met = 0;
+  grid_barrier(barrier, met++);
   for (int round = 0; round + 1 < segments; ++round) {
-    const int here = round & 1, there = here ^ 1;
-    bool moves = j > round && (round == 0 || load_acquire(moved + here * blocks + blockIdx.x - 1) != 0);
-    if (moves) {
-      const real* from = carry + (here * blocks + blockIdx.x - 1) * dim;
+    real enters[VALUES], change = 0, size = 0;
 #pragma unroll
-      for (int a = 0; a < ACCESSES; ++a)
+    for (int a = 0; a < ACCESSES; ++a)
 #pragma unroll
-        for (int e = 0; e < EACH; ++e)
-          state[a * EACH + e] = channel(a) + e < dim ? __ldcg(from + channel(a) + e) : 0;
-      moves = again();
-      if (moves) leave(carry + (there * blocks + blockIdx.x) * dim);
+      for (int e = 0; e < EACH; ++e) {
+        const i64 at = mine + channel(a) + e;
+        real now = 0;
+        if (channel(a) + e < dim && j > round) {
+          int back = 1;  // how far back a correction can come from
+          for (real alive = 1; back < j; ++back) {
+            alive *= magnitude(__ldcg(products + at - (i64)back * dim));
+            if (!(alive > EPS / 16)) break;
+          }
+          real shift = 0, old = 0;
+#pragma unroll 4
+          for (; back >= 1; --back) {
+            const i64 before = at - (i64)back * dim;
+            old = __ldcg(entries + before + dim);
+            now = __ldcg(ends + before);
+            if (shift != 0) now += __ldcg(products + before) * shift;
+            shift = now - old;
+          }
+          change = worse(change, now - old);
+          size = Most::of(size, magnitude(now));
+        }
+        enters[a * EACH + e] = now;
+      }
+    const bool walks = differ(change, size);
+    grid_barrier(barrier, met++);
+    if (walks) {
+#pragma unroll
+      for (int v = 0; v < VALUES; ++v) state[v] = enters[v];
+      leave(entries, [&](int v) { return enters[v]; });
+      const bool reached = again();
+      change = size = 0;
+      if (reached) {
+#pragma unroll
+        for (int a = 0; a < ACCESSES; ++a)
+#pragma unroll
+          for (int e = 0; e < EACH; ++e) {
+            const int v = a * EACH + e;
+            if (channel(a) + e < dim) change = worse(change, state[v] - __ldcg(ends + mine + channel(a) + e));
+            size = Most::of(size, magnitude(state[v]));
+          }
+        leave(ends, [&](int v) { return state[v]; });
+      }
+      if (differ(change, size) && threadIdx.x == 0) atomicAdd(movers + round, 1u);
     }
-    if (threadIdx.x == 0) {
-      moved[there * blocks + blockIdx.x] = moves;
-      if (moves && j + 1 < segments) atomicAdd(movers + round, 1u);
-    }
-    grid_barrier(barrier, round + 1);
+    grid_barrier(barrier, met++);
     if (load_acquire(movers + round) == 0) break;
   }
 }

@@ -27,8 +27,8 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
            const store* __restrict__ u, const store* __restrict__ alpha, const store* __restrict__ initial,
            const store* __restrict__ h, const store* __restrict__ top, store* value, store* lam_bar, store* gate_bar,
            store* x_bar, store* u_bar, store* alpha_bar, store* initial_bar, i64 steps, int dim, int segments, double rtol,
-           double atol, i64 max_iter, int* counts, double* change, double* scale, double* rcond, int* state, real* carry,
-           u32* moved, u32* barrier) {
+           double atol, i64 max_iter, int* counts, double* change, double* scale, double* rcond, int* state, real* between,
+           u32* barrier) {
   SHARED(memory);
   Ring<ARRAYS> ring;
   ring.init(memory, dim);
@@ -44,11 +44,12 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
   const i64 first = steps * j / segments, last = steps * (j + 1) / segments;  // counted from the last step
 
   real c[VALUES];  // lam_{t+1} s_{t+1}
+  real decay[SPLIT ? VALUES : 1];  // product of the segment's lam
   Told told;
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
 
-  auto fetch = [&](i64 n, int slot, bool comparing) {
+  auto fetch = [&](i64 n, int slot, int word, bool comparing) {
     if (n < last) {
       const i64 here = steps - 1 - n, t = b * steps + here;
       ring.fetch(slot, LAM, lam + t * dim, dim);
@@ -65,7 +66,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 #pragma unroll
       for (int k = 0; k < R; ++k) ring.fetch(slot, U + k, u + (t * R + k) * dim, dim);
       if (SPLIT && comparing) ring.fetch(slot, OLD, value + t * dim, dim);
-      ring.fetch_alpha(slot, alpha + t * R);
+      ring.fetch_alpha(word, alpha + t * R);
     }
     commit();
   };
@@ -85,8 +86,8 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 #pragma unroll
       for (int e = 0; e < EACH; ++e) now[a * EACH + e] = first < last && channel(a) < dim ? widen(row.v[e]) : 0;
     }
-    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, COMPARE);
-    int slot = 0;
+    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, p, COMPARE);
+    int slot = 0, word = 0;
     for (i64 n = first; n < last; ++n) {
       const i64 t = b * steps + steps - 1 - n;
       arrived<STAGES - 1>();
@@ -163,7 +164,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
         }
       };
       if (thinks()) {
-        ring.alpha(slot, alpha + t * R, strength);
+        ring.alpha(word, alpha + t * R, strength);
         if (COMPARE && n > first && bounds[MAXIMA] <= EPS / 4 * bounds[MAXIMA + 1]) {
           verdict = SETTLED;
         } else if constexpr (GIVEN || DIRECT) {
@@ -268,6 +269,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
             }
           }
           c[v] = widen(ring.at(slot, LAM, a).v[e]) * r;
+          if constexpr (SPLIT && !COMPARE) decay[v] *= widen(ring.at(slot, LAM, a).v[e]);
           now[v] = before;
         }
         if (channel(a) < dim) {
@@ -289,8 +291,9 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
       told.bad |= nan;
       if (COMPARE && nan) differs = LARGEST;  // a maximum drops a NaN
       lam_before = lam_here;
-      fetch(n + STAGES, slot, COMPARE);
+      fetch(n + STAGES, slot, word == 0 ? STAGES : word - 1, COMPARE);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      word = word == STAGES ? 0 : word + 1;
     }
     arrived<0>();
     if constexpr (MAXIMA > 0) {  // the size of the last step
@@ -304,9 +307,19 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
 
 #pragma unroll
   for (int v = 0; v < VALUES; ++v) c[v] = 0;
+#if SPLIT
+#pragma unroll
+  for (int v = 0; v < VALUES; ++v) decay[v] = 1;
+#endif
   walk(No());
 #if SPLIT
-  settle_segments(j, segments, dim, c, carry, moved, barrier, [&] { return walk(Yes()); });
+  settle_segments(j, segments, dim, c, decay, between, barrier, [&] { return walk(Yes()); },
+                  [&](real change, real size) {
+                    real none[1], m[2] = {change, size};
+                    reduce<0, 2>(none, m, partial + buffer * partials(TOTALS), totals);
+                    buffer ^= 1;
+                    return (bool)__syncthreads_or(thinks() && totals[0] > 2 * EPS * totals[1]);
+                  });
 #endif
   if constexpr (!GIVEN) told.write(DIRECT, max_iter, change, scale, rcond, state, partial + buffer * partials(TOTALS), totals);
 }

@@ -26,7 +26,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, MINBLOCKS)
 solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const store* __restrict__ source,
             const store* __restrict__ u, const store* __restrict__ alpha, const store* __restrict__ initial, store* value,
             i64 steps, int dim, int segments, double rtol, double atol, i64 max_iter, int* counts, double* change,
-            double* scale, double* rcond, int* state, real* carry, u32* moved, u32* barrier) {
+            double* scale, double* rcond, int* state, real* between, u32* barrier) {
   SHARED(memory);
   Ring<ARRAYS> ring;
   ring.init(memory, dim);
@@ -42,11 +42,12 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
   const i64 first = steps * j / segments, last = steps * (j + 1) / segments;
 
   real h[VALUES];                  // what the step before hands on: h, or lam s
+  real decay[SPLIT ? VALUES : 1];  // product of the segment's lam
   Told told;
   const Stop stop = {rtol, atol, max_iter, steps};
   int buffer = 0;
 
-  auto fetch = [&](i64 n, int slot, bool comparing) {
+  auto fetch = [&](i64 n, int slot, int word, bool comparing) {
     if (n < last) {
       const i64 t = b * steps + (ADJOINT ? steps - 1 - n : n);
       ring.fetch(slot, LAM, lam + t * dim, dim);
@@ -55,7 +56,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
 #pragma unroll
       for (int k = 0; k < R; ++k) ring.fetch(slot, U + k, u + (t * R + k) * dim, dim);
       if (SPLIT && comparing) ring.fetch(slot, OLD, value + t * dim, dim);
-      ring.fetch_alpha(slot, alpha + t * R);
+      ring.fetch_alpha(word, alpha + t * R);
     }
     commit();
   };
@@ -69,8 +70,8 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
     constexpr int EXTRA = COMPARE ? 2 : 0;  // by how much the step before differs from what was there, and its size
     real size_before = 0, lam_before = 0, differs = 0;
     bool meets = false;
-    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, COMPARE);
-    int slot = 0;
+    for (int p = 0; p < STAGES; ++p) fetch(first + p, p, p, COMPARE);
+    int slot = 0, word = 0;
     for (i64 n = first; n < last; ++n) {
       const i64 t = ADJOINT ? steps - 1 - n : n;
       arrived<STAGES - 1>();
@@ -137,7 +138,7 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
       const System of = {totals, totals + R + SECOND, totals + R + SECOND + GRAMS};
       const real* bounds = totals + SUMS;
       if (thinks()) {
-        ring.alpha(slot, alpha + (b * steps + t) * R, strength);
+        ring.alpha(word, alpha + (b * steps + t) * R, strength);
         if (COMPARE && n > first && bounds[MAXIMA] <= EPS / 4 * bounds[MAXIMA + 1]) {
           verdict = SETTLED;
         } else if constexpr (DIRECT) {
@@ -212,14 +213,16 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
             differs = d <= differs ? differs : d;
           }
           h[v] = ADJOINT ? widen(ring.at(slot, LAM, a).v[e]) * r : r;
+          if constexpr (SPLIT && !COMPARE) decay[v] *= widen(ring.at(slot, LAM, a).v[e]);
         }
         if (channel(a) < dim) *(access*)(value + (b * steps + t) * dim + channel(a)) = out;
       }
       told.bad |= nan;
       if (COMPARE && nan) differs = LARGEST;  // a maximum drops a NaN
       lam_before = lam_here;
-      fetch(n + STAGES, slot, COMPARE);
+      fetch(n + STAGES, slot, word == 0 ? STAGES : word - 1, COMPARE);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      word = word == STAGES ? 0 : word + 1;
     }
     arrived<0>();
     if constexpr (!DIRECT) {  // the size of the last step
@@ -237,9 +240,19 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
       const int d = channel(a) + e;
       h[a * EACH + e] = !ADJOINT && j == 0 && initial != nullptr && d < dim ? widen(initial[b * dim + d]) : 0;
     }
+#if SPLIT
+#pragma unroll
+  for (int v = 0; v < VALUES; ++v) decay[v] = 1;
+#endif
   walk(No());
 #if SPLIT
-  settle_segments(j, segments, dim, h, carry, moved, barrier, [&] { return walk(Yes()); });
+  settle_segments(j, segments, dim, h, decay, between, barrier, [&] { return walk(Yes()); },
+                  [&](real change, real size) {
+                    real none[1], m[2] = {change, size};
+                    reduce<0, 2>(none, m, partial + buffer * partials(TOTALS), totals);
+                    buffer ^= 1;
+                    return (bool)__syncthreads_or(thinks() && totals[0] > 2 * EPS * totals[1]);
+                  });
 #endif
   told.write(DIRECT, max_iter, change, scale, rcond, state, partial + buffer * partials(TOTALS), totals);
 }

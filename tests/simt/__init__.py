@@ -37,12 +37,12 @@ LIMIT = 120.0
 _FLAGS = ("-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-fvisibility=hidden", "-DSIMT")
 # handlers in simt.h turn what these find into an error with a line
 _CHECKS = ("-O1", "-fsanitize=alignment,null,bounds", "-DSIMT_CHECKS")
+# the same, and every access is told to simt.h
+_RACES = (*_CHECKS, "-g1", "-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-DSIMT_RACES")
+# an address computed from a null pointer is none of the device's concerns, as long as nothing is read there
 _SANITIZED = (
-    "-O1",
-    "-g1",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
+    *("-O1", "-g1", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address,undefined", "-fno-sanitize=pointer-overflow", "-fno-sanitize-recover=all"),
 )
 
 
@@ -116,7 +116,7 @@ def text(kernel: _device.Kernel) -> str:
     return _device.source(kernel.file)
 
 
-def build(kernel: _device.Kernel) -> Path:
+def build(kernel: _device.Kernel, races: bool = False) -> Path:
     """Compile a kernel, unless it has been compiled before; the shared library."""
     command = compiler()
     if command is None:
@@ -127,7 +127,8 @@ def build(kernel: _device.Kernel) -> Path:
         '#include "simt.h"\nnamespace kernel_source {\n#line 1 "kernel"\n'
         f"{body}\n{_entry(body, kernel.function)}}}  // namespace\n"
     )
-    flags = (*_FLAGS, *(_SANITIZED if sanitized() else _CHECKS), *kernel.options)
+    checks = _SANITIZED if sanitized() else _RACES if races else _CHECKS
+    flags = (*_FLAGS, *checks, *kernel.options)
     parts = (source, (HERE / "simt.h").read_text(encoding="utf-8"), _version(command), *flags)
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     library = _cache() / f"{name}.so"
@@ -140,7 +141,7 @@ def build(kernel: _device.Kernel) -> Path:
         # checks without their library: it is not linked, simt.h has the handlers
         compiled = Path(work) / "kernel.o"
         steps = [[command, "-c", *flags[1:], f"-I{HERE}", str(path), "-o", str(compiled)]]
-        link = [f for f in flags if f.startswith("-fsanitize")] if sanitized() else []
+        link = ["-fsanitize=address,undefined"] if sanitized() else []
         steps.append([command, "-shared", *link, str(compiled), "-o", str(made)])
         outside = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler runs as it is
         for step in steps:
@@ -172,8 +173,8 @@ class _Library(NamedTuple):
 
 
 @functools.cache
-def _load(kernel: _device.Kernel) -> _Library:
-    handle = ctypes.CDLL(str(build(kernel)))
+def _load(kernel: _device.Kernel, races: bool = False) -> _Library:
+    handle = ctypes.CDLL(str(build(kernel, races)))
     described = ctypes.create_string_buffer(4096)
     handle.simt_describe(described)
     return _Library(
@@ -229,14 +230,23 @@ def _packed(arguments: Sequence[Any], parameters: Sequence[str], function: str) 
     return packed
 
 
-def _told(message: str, kernel: _device.Kernel) -> str:
+def _told(message: str, kernel: _device.Kernel, races: bool) -> str:
     lines = text(kernel).splitlines()
 
-    def line(found: re.Match[str]) -> str:
-        n = int(found.group(1))
+    def line(n: int) -> str:
         return f"line {n} `{lines[n - 1].strip() if 0 < n <= len(lines) else '?'}`"
 
-    return f"{kernel.file} {kernel.function}: " + re.sub(r"@(\d+)@", line, message)
+    def place(found: re.Match[str]) -> str:  # where in the library a call returns to
+        tool, address = shutil.which("addr2line"), f"{int(found.group(1), 16) - 1:x}"
+        if tool is None:
+            return address
+        command = [tool, "-i", "-e", str(build(kernel, races)), address]
+        frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        within = [int(n) for n in re.findall(r"kernel:(\d+)", frames)]
+        return line(within[0]) if within else address
+
+    message = re.sub(r"@(\d+)@", lambda found: line(int(found.group(1))), message)
+    return f"{kernel.file} {kernel.function}: " + re.sub(r"\$([0-9a-f]+)\$", place, message)
 
 
 def launch(
@@ -249,6 +259,7 @@ def launch(
     seed: int = 1,
     resident: int = 1,
     limit: float = LIMIT,
+    races: bool = False,
 ) -> None:
     """Run a kernel; as `_device.launch`, with arrays of NumPy.
 
@@ -264,10 +275,13 @@ def launch(
         Blocks that run at the same time, started in order; those of a cooperative kernel all do.
     limit : float
         Seconds of the processor, after which the kernel is stopped; 0 for none.
+    races : bool
+        Look for two accesses of shared memory that no barrier orders: slower, and exact for the barriers that
+        the kernel has, whatever the order of threads.
     """
     if blocks == 0:
         return
-    library = _load(kernel)
+    library = _load(kernel, races)
     if threads % 32 or not 32 <= threads <= min(library.bound, 1024):
         raise ValueError(f"{kernel.function}: {threads} threads, of at most {library.bound}, in warps of 32")
     if not 0 < blocks < 2**31 or blocks % library.cluster:
@@ -290,7 +304,7 @@ def launch(
     with _lock:
         fine = library.handle.simt_launch(pointers, ctypes.byref(order))
     if not fine:
-        raise Fault(_told(message.value.decode(errors="replace"), kernel))
+        raise Fault(_told(message.value.decode(errors="replace"), kernel, races))
 
 
 # --- the room on NumPy --------------------------------------------------------------------------------------------
@@ -336,7 +350,7 @@ class Device:
 
     Attributes
     ----------
-    seed, resident, limit
+    seed, resident, limit, races
         As `launch` takes them; they may be set between launches.
     launches : list of Launch
     """
@@ -345,6 +359,7 @@ class Device:
     resident: int = 1
     limit: float = LIMIT
     multiprocessors: int = MULTIPROCESSORS
+    races: bool = False
     xp: Namespace = field(default_factory=Namespace)
     launches: list[Launch] = field(default_factory=list)
 
@@ -377,18 +392,25 @@ class Device:
             seed=self.seed,
             resident=self.resident,
             limit=self.limit,
+            races=self.races,
         )
 
 
 @contextmanager
 def device(
-    *, seed: int = 1, resident: int = 1, multiprocessors: int = MULTIPROCESSORS, limit: float = LIMIT
+    *,
+    seed: int = 1,
+    resident: int = 1,
+    multiprocessors: int = MULTIPROCESSORS,
+    limit: float = LIMIT,
+    races: bool = False,
 ) -> Iterator[Device]:
     """Put NumPy in the place of CuPy, and this in the place of the driver."""
-    made = Device(seed, resident, limit, multiprocessors)
+    made = Device(seed, resident, limit, multiprocessors, races)
     patches = {
         "xp": lambda: made.xp,
         "launch": made.launch,
+        "current": lambda: -made.multiprocessors,  # another device for the plans that are kept
         "multiprocessors": lambda: made.multiprocessors,
         "resident": made.most,
         "loaded": lambda: list(dict.fromkeys(launched.kernel for launched in made.launches)),

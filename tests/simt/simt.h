@@ -100,6 +100,7 @@ simt_switch:
 )");
 extern "C" __attribute__((visibility("hidden"))) void simt_switch(void** from, void* to);
 #endif
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start;  // where the library lies, from the linker
 
 namespace simt {
 
@@ -134,16 +135,27 @@ struct Context {
 
 enum State : int { READY, AT_BLOCK, AT_WARP, AT_CLUSTER, POLLS, DONE };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   Context context;
   Block* block;
   int thread, line;
   State state;
+  // asynchronous copies: those of group g end at ends[g % GROUPS]; `first` is the oldest group that has not arrived
+  static constexpr unsigned GROUPS = 64;
+  Copy* copies;
+  size_t copied, issued, room, ends[GROUPS];
+  unsigned first, groups;
 };
 
 struct Warp {
   int arrived, line;
-  unsigned phase;
+  unsigned phase, barriers;
   u64 ballot[2];
   u64 value[2][LANES];
 };
@@ -151,7 +163,7 @@ struct Warp {
 struct Block {
   i64 index;
   int arrived, line, finished;
-  unsigned phase;
+  unsigned phase, epoch;  // barriers of the block that are behind; of any kind that orders all its threads
   int tally[2];
   Fiber* fibers;
   Warp* warps;
@@ -181,6 +193,7 @@ struct Launch {
   int message_size;
   sigjmp_buf jump;
   char *stacks, *stacks_end;
+  Fiber* fibers;  // of all blocks, one block after the other
 };
 
 static Launch L;
@@ -301,6 +314,7 @@ __attribute__((noinline)) static int barrier_count(int line, bool predicate) {
     b.arrived = 0;
     b.tally[parity ^ 1] = 0;
     ++b.phase;
+    ++b.epoch;
     release(b.fibers, L.threads, false);
   }
   wait();
@@ -338,7 +352,12 @@ __attribute__((noinline)) static const u64* exchange(int line, unsigned mask, u6
   return w.value[parity];
 }
 
-inline void warp_barrier(int line, unsigned mask = 0xffffffffu) { exchange(line, mask, 0, false); }
+inline void warp_barrier(int line, unsigned mask = 0xffffffffu) {
+  Warp& w = self->block->warps[self->thread / LANES];
+  const unsigned before = w.barriers;
+  exchange(line, mask, 0, false);
+  w.barriers = before + 1;
+}
 
 template <class T> inline T from_lane(const u64* values, int lane) {
   T v;
@@ -391,6 +410,7 @@ __attribute__((noinline)) static void cluster_barrier_at(int line) {
   if (++c.arrived == L.threads * L.cluster_size) {
     c.arrived = 0;
     const int first = (int)draw(L.cluster_size);
+    for (int k = 0; k < L.cluster_size; ++k) ++c.blocks[k].epoch;
     for (int k = 0; k < L.cluster_size; ++k)
       release(c.blocks[(first + k) % L.cluster_size].fibers, L.threads, false);
   }
@@ -431,6 +451,45 @@ template <class T> inline T* in_cluster(T* pointer, int rank) {
   return (T*)(there.memory + offset);
 }
 
+// As cp.async, commit_group and wait_group: nothing is there before it is waited for.
+static void copy_async(void* to, const void* from, int bytes) {
+  if (((uintptr_t)to | (uintptr_t)from) % bytes) {
+    say("misaligned asynchronous copy of %d bytes", bytes);
+    where();
+    fail();
+  }
+  Fiber& f = *self;
+  if (f.issued == f.room) {
+    f.room = f.room ? 2 * f.room : 64;
+    f.copies = (Copy*)realloc((void*)f.copies, f.room * sizeof(Copy));
+  }
+  f.copies[f.issued++] = {to, from, bytes};
+}
+static void copy_commit() {
+  Fiber& f = *self;
+  f.ends[f.groups++ % Fiber::GROUPS] = f.issued;
+  if (f.groups - f.first > Fiber::GROUPS) {
+    say("more than %u groups of asynchronous copies are under way", Fiber::GROUPS);
+    where();
+    fail();
+  }
+}
+static void wrote(void* to, size_t bytes);
+// Until at most `pending` groups are under way.
+static void copy_wait(unsigned pending) {
+  Fiber& f = *self;
+  while (f.groups - f.first > pending) {
+    for (const size_t end = f.ends[f.first % Fiber::GROUPS]; f.copied < end; ++f.copied) {
+      const Copy& c = f.copies[f.copied];
+      memcpy(c.to, c.from, c.bytes);
+      wrote(c.to, c.bytes);
+    }
+    ++f.first;
+  }
+  if (f.copied == f.issued) f.copied = f.issued = 0;
+  for (unsigned g = f.first; f.issued == 0 && g != f.groups; ++g) f.ends[g % Fiber::GROUPS] = 0;
+}
+
 inline float bits_to_float(uint32_t u) {
   float f;
   memcpy(&f, &u, 4);
@@ -466,9 +525,92 @@ inline uint16_t float_to_bfloat16(float f) {
   return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// --- races --------------------------------------------------------------------------------------------------------
+//
+// With SIMT_RACES the compiler reports every access (-fsanitize=thread, without that sanitizer's library). Two accesses
+// of a byte of shared memory by different threads, one of them a write, must have a barrier of the block between
+// them, or of the warp where both are of one warp. Shuffles order nothing, as on the device. Atomics and other volatile
+// accesses are not looked at.
+#ifdef SIMT_RACES
+struct Trace {  // of one byte
+  short writer, reader;  // threads; -1: none. Of a warp that read, any one
+  bool many;             // several threads of the reader's warp read
+  bool everywhere;       // threads of several warps read, since the same barrier of the block
+  unsigned write_epoch, write_barriers, read_epoch, read_barriers;
+  const char* write_at;
+  const char* read_at;
+};
+static Trace* traces;
+static void remember(size_t resident) {
+  traces = (Trace*)malloc((resident * L.shared + 1) * sizeof(Trace));
+}
+static void forget() {
+  free(traces);
+  traces = nullptr;
+}
+#define SIMT_UNSEEN __attribute__((no_sanitize("thread")))
+SIMT_UNSEEN static Trace* traces_of(const Block& b) { return traces + (size_t)(b.fibers - L.fibers) / L.threads * L.shared; }
+static void fresh(Block& b) {
+  Trace* t = traces_of(b);
+  memset((void*)t, 0, L.shared * sizeof(Trace));
+  for (size_t i = 0; i < L.shared; ++i) t[i].writer = t[i].reader = -1;
+}
+[[noreturn]] static void race(const char* what, size_t byte, int other, const char* there, bool write,
+                              const char* here) {
+  const char* base = &__ehdr_start;
+  say("race: byte %zu of shared memory is %s thread %d at $%zx$ and %s by this one at $%zx$, with no barrier between them",
+      byte, what, other, (size_t)(there - base), write ? "written" : "read", (size_t)(here - base));
+  where();
+  fail();
+}
+SIMT_UNSEEN static void look(void* address, size_t bytes, bool write, const char* at) {
+  if (!self) return;
+  Block& b = *self->block;
+  const size_t first = (size_t)((unsigned char*)address - b.memory);
+  if (first >= L.shared) return;
+  const int me = self->thread, warp = me / LANES;
+  const unsigned barriers = b.warps[warp].barriers;
+  Trace* t = traces_of(b) + first;
+  for (size_t i = 0; i < bytes && first + i < L.shared; ++i, ++t) {
+    const bool written = t->writer >= 0 && t->writer != me && t->write_epoch == b.epoch &&
+                         !(t->writer / LANES == warp && t->write_barriers != barriers);
+    if (written) race("written by", first + i, t->writer, t->write_at, write, at);
+    const bool read_now = t->reader >= 0 && t->read_epoch == b.epoch;
+    const bool same_warp = t->reader / LANES == warp;
+    if (write) {
+      if (read_now && (t->everywhere || !same_warp || ((t->many || t->reader != me) && t->read_barriers == barriers)))
+        race("read by", first + i, t->reader, t->read_at, write, at);
+      t->writer = (short)me;
+      t->write_epoch = b.epoch;
+      t->write_barriers = barriers;
+      t->write_at = at;
+      t->reader = -1;
+    } else {
+      t->everywhere = read_now && (t->everywhere || !same_warp);
+      t->many = read_now && same_warp && t->read_barriers == barriers && (t->many || t->reader != me);
+      t->reader = (short)me;
+      t->read_epoch = b.epoch;
+      t->read_barriers = barriers;
+      t->read_at = at;
+    }
+  }
+}
+static void wrote(void* to, size_t bytes) { look(to, bytes, true, (const char*)__builtin_return_address(0)); }
+#else
+static void remember(size_t) {}
+static void forget() {}
+static void fresh(Block&) {}
+static void wrote(void*, size_t) {}
+#endif
+
 // --- a launch -----------------------------------------------------------------------------------------------------
 
 static void finish() {
+  if (self->copied != self->issued) {
+    say("asynchronous copies are under way where the thread ends");
+    where();
+    fail();
+  }
   self->state = DONE;
   L.polls = 0;
   Block& b = *self->block;
@@ -524,7 +666,7 @@ static void start(Cluster& c, i64 first, int slot) {
     Block& b = c.blocks[k];
     b.index = first + k;
     b.arrived = b.finished = 0;
-    b.phase = 0;
+    b.phase = b.epoch = 0;
     b.tally[0] = b.tally[1] = 0;
     memset((void*)b.warps, 0, sizeof(Warp) * L.warps);
 #ifdef __SANITIZE_ADDRESS__
@@ -535,12 +677,14 @@ static void start(Cluster& c, i64 first, int slot) {
     __asan_poison_memory_region(b.memory - GUARD, GUARD);
     __asan_poison_memory_region(b.memory + L.shared, GUARD);
 #endif
+    fresh(b);
     for (int i = 0; i < L.threads; ++i) {
       Fiber& f = b.fibers[i];
       f.block = &b;
       f.thread = i;
       f.state = READY;
       f.line = 0;
+      f.copied = f.issued = f.first = f.groups = 0;
       prepare(f, (slot * L.cluster_size + k) * L.threads + i);
     }
     release(b.fibers, L.threads, false);
@@ -734,6 +878,7 @@ static int launch(void (*thread)(void**), void** arguments, const Order& order, 
   if (fibers <= 8192)  // one mapping each, of which there may be 65530
     for (size_t i = 0; i <= fibers; ++i) mprotect(L.stacks + i * STRIDE, PAGE, PROT_NONE);
   Fiber* fiber = table<Fiber>(fibers);
+  L.fibers = fiber;
   Warp* warps = table<Warp>(resident * L.warps);
   Block* blocks = table<Block>(resident);
   Cluster* clusters = table<Cluster>(slots);
@@ -747,6 +892,7 @@ static int launch(void (*thread)(void**), void** arguments, const Order& order, 
     blocks[i].cluster = clusters + i / cluster_size;
   }
   for (int s = 0; s < slots; ++s) clusters[s].blocks = blocks + (size_t)s * cluster_size;
+  remember(resident);
 #ifdef __SANITIZE_ADDRESS__
   L.main.bottom = nullptr;  // told by the first switch
   run(clusters, slots);
@@ -758,6 +904,8 @@ static int launch(void (*thread)(void**), void** arguments, const Order& order, 
     if (sigsetjmp(L.jump, 1) == 0) run(clusters, slots);
   }
 #endif
+  for (size_t i = 0; i < fibers; ++i) free((void*)fiber[i].copies);
+  forget();
   free(memory);
   free(clusters);
   free(blocks);
@@ -941,6 +1089,7 @@ inline double min(double a, float b) { return fmin(a, b); }
 inline float fdividef(float a, float b) { return a / b; }
 
 // --- checks that the compiler puts in (-fsanitize=alignment,null,bounds), without the sanitizer's library ---------------
+#define SIMT_HANDLER extern "C" __attribute__((visibility("hidden"), used)) void
 #ifdef SIMT_CHECKS
 namespace simt {
 struct At { const char* file; uint32_t line, column; };
@@ -959,9 +1108,32 @@ struct Bounds { At at; const void *array, *index; };
   fail();
 }
 }  // namespace simt
-#define SIMT_HANDLER extern "C" __attribute__((visibility("hidden"), used)) void
 SIMT_HANDLER __ubsan_handle_type_mismatch_v1(simt::Mismatch* m, uintptr_t p) { simt::bad_access(m, p); }
 SIMT_HANDLER __ubsan_handle_type_mismatch_v1_abort(simt::Mismatch* m, uintptr_t p) { simt::bad_access(m, p); }
 SIMT_HANDLER __ubsan_handle_out_of_bounds(simt::Bounds* b, uintptr_t i) { simt::bad_index(b, i); }
 SIMT_HANDLER __ubsan_handle_out_of_bounds_abort(simt::Bounds* b, uintptr_t i) { simt::bad_index(b, i); }
+#endif
+
+#ifdef SIMT_RACES
+#define SIMT_LOOK(name, bytes, write) \
+  SIMT_HANDLER __tsan_##name(void* p) { simt::look(p, bytes, write, (const char*)__builtin_return_address(0)); }
+#define SIMT_LOOKS(bytes) \
+  SIMT_LOOK(read##bytes, bytes, false) \
+  SIMT_LOOK(write##bytes, bytes, true) \
+  SIMT_LOOK(unaligned_read##bytes, bytes, false) \
+  SIMT_LOOK(unaligned_write##bytes, bytes, true) \
+  SIMT_HANDLER __tsan_volatile_read##bytes(void*) {} \
+  SIMT_HANDLER __tsan_volatile_write##bytes(void*) {} \
+  SIMT_HANDLER __tsan_unaligned_volatile_read##bytes(void*) {} \
+  SIMT_HANDLER __tsan_unaligned_volatile_write##bytes(void*) {}
+SIMT_LOOKS(1)
+SIMT_LOOKS(2)
+SIMT_LOOKS(4)
+SIMT_LOOKS(8)
+SIMT_LOOKS(16)
+SIMT_HANDLER __tsan_read_range(void* p, size_t n) { simt::look(p, n, false, (const char*)__builtin_return_address(0)); }
+SIMT_HANDLER __tsan_write_range(void* p, size_t n) { simt::look(p, n, true, (const char*)__builtin_return_address(0)); }
+SIMT_HANDLER __tsan_func_entry(void*) {}
+SIMT_HANDLER __tsan_func_exit(void*) {}
+SIMT_HANDLER __tsan_init() {}
 #endif

@@ -87,6 +87,24 @@ trial(int which, const int* in, int* out, u32* flags, float* numbers, i64 n) {
       everybody();
       break;
     }
+    case 11:  // neighbours of a warp, twice
+      for (int k = 0; k < 2; ++k) {
+        shared[t] = v + k;
+        __syncwarp();
+        out[i] = shared[t ^ 1];
+        __syncwarp();
+      }
+      break;
+    case 12:  // asynchronous copies, the first group of two waited for
+      simt::copy_async(shared + t, in + i, 4);
+      simt::copy_commit();
+      simt::copy_async(shared + blockDim.x + t, in + i, 4);
+      simt::copy_commit();
+      simt::copy_wait(1);
+      out[i] = shared[t] - 1000 * shared[blockDim.x + t];
+      simt::copy_wait(0);
+      out[i] += shared[blockDim.x + t] * 100000;
+      break;
     case 9: out[i] = t < 64 ? max(min(v, 7), -2) : 0; break;
     // broken rules
     case 20: if (t < 32) __syncthreads(); break;                  // some never come
@@ -99,6 +117,20 @@ trial(int which, const int* in, int* out, u32* flags, float* numbers, i64 n) {
       break;
     case 24: if (lane == 3) __syncthreads(); else __syncwarp(); break;
     case 25: shared[n / 4] = 1; break;                            // past the end
+    case 39:  // neighbours of a warp, with the second barrier forgotten
+      for (int k = 0; k < 2; ++k) {
+        shared[t] = v + k;
+        __syncwarp();
+        out[i] = shared[t ^ 1];
+      }
+      break;
+    case 40: simt::copy_async(shared + t, in + i, 4); break;      // never waited for
+    case 41: simt::copy_async(memory + 4 + 8 * (t / 4), in + i, 8); break;  // misaligned
+    case 42:  // a value of one warp for all, with no barrier of the block
+      if (t == 0) shared[0] = v;
+      __syncwarp();
+      out[i] = shared[0];
+      break;
     case 37: if (b % CLUSTER == 0) everybody(); break;            // the other block has left
     case 38: *simt::in_cluster(shared, CLUSTER) = 1; break;       // no such block
     case 26: shared[-1] = 1; break;
