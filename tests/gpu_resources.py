@@ -74,16 +74,16 @@ def modules() -> list[str]:
 
 
 def representatives(module: str) -> list[Kernel]:
-    """The shape classes that stand for all of a module's."""
-    return list(importlib.import_module(f"fpnumba.gpu.{module}").representative())
-
-
-def everything() -> list[Kernel]:
-    """Those of all modules; no device is asked, so that they are the same everywhere."""
+    """The shape classes that stand for all of a module's. No device is asked, so that they are the same everywhere."""
     import simt
 
     with simt.device():
-        return [kernel for module in modules() for kernel in representatives(module)]
+        return list(importlib.import_module(f"fpnumba.gpu.{module}").representative())
+
+
+def everything() -> list[Kernel]:
+    """Those of all modules."""
+    return [kernel for module in modules() for kernel in representatives(module)]
 
 
 def entries() -> set[tuple[str, str]]:
