@@ -23,7 +23,7 @@ ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
 # What CuPy adds to the options of a kernel.
 CUPY = ("-ftz=true", "--device-as-default-execution-space")
 # How many of a file's kernels are compiled for the others.
-ELSEWHERE = 3
+ELSEWHERE = 2
 # Registers that a kernel may take beyond the table.
 ALLOWED = 8
 
