@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_cupy_array
 from numpy.typing import NDArray
 
-from fpnumba.arrays import DTYPES, Float, kind_of, namespace, neighbour, to_numpy
+from fpnumba.arrays import DTYPES, Float, is_cupy, kind_of, namespace, neighbour, to_numpy
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import fixed_point_rnn
 from fpnumba.solve import Adjoint, Solution, Solver
@@ -198,7 +197,7 @@ def _as_float64(thing: Any) -> Any:
 
 
 def _is_array(thing: Any) -> bool:
-    return isinstance(thing, np.ndarray) or is_cupy_array(thing)
+    return isinstance(thing, np.ndarray) or is_cupy(thing)
 
 
 def _beside(array: Any, numbers: NDArray[np.float64]) -> Any:
@@ -237,7 +236,7 @@ def _parts(out: Any) -> list[Any]:
 
 
 def _outputs(out: Any) -> list[Float]:
-    return [np.asarray(to_numpy(p) if is_cupy_array(p) else p, dtype=np.float64) for p in _parts(out)]
+    return [np.asarray(to_numpy(p) if is_cupy(p) else p, dtype=np.float64) for p in _parts(out)]
 
 
 def _derivative(along: Callable[[float], list[Float]], step: float = 4e-3) -> list[Float]:
