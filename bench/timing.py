@@ -59,9 +59,9 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / seconds
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as an aligned text table, ratios to the copy bandwidth in per cent."""
-    head = ("case", "shape", "ms", "GB/s", "of copy", "note")
+def table(rows: list[Row], floor: str = "of copy") -> str:
+    """Rows as an aligned text table; `floor` names the column of ratios to the floor."""
+    head = ("case", "shape", "ms", "GB/s", floor, "note")
     body = []
     for row in rows:
         rate = "" if row.bytes is None else f"{row.bytes / row.seconds / 1e9:.1f}"

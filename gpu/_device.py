@@ -81,11 +81,13 @@ MISSING = (
 
 _lock = threading.Lock()
 _loaded: dict[tuple[int, Kernel], Any] = {}
+_allowed: dict[tuple[int, Kernel], int] = {}  # dynamic shared memory that a kernel was allowed beyond 48 KiB
 
 
-def _function(kernel: Kernel) -> Any:
+def _function(kernel: Kernel, shared: int) -> Any:
+    """The kernel on the current device, allowed so much shared memory."""
     cupy = xp()
-    key = (cupy.cuda.Device().id, kernel)
+    key = (current(), kernel)
     found = _loaded.get(key)
     if found is None:
         with _lock:
@@ -98,19 +100,20 @@ def _function(kernel: Kernel) -> Any:
                 )
                 found = module.get_function(kernel.function)
                 _loaded[key] = found
+    if shared > _allowed.get(key, 48 * 1024):
+        found.max_dynamic_shared_size_bytes = shared
+        _allowed[key] = shared
     return found
 
 
 def loaded() -> list[Kernel]:
     """The kernels that this process has compiled or loaded so far, on the current device."""
-    device = xp().cuda.Device().id
+    device = current()
     return [kernel for at, kernel in _loaded if at == device]
 
 
-def launch(
-    kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0
-) -> None:
-    """Launch on the current stream.
+def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0) -> None:
+    """Launch on the current stream of the current device.
 
     Parameters
     ----------
@@ -124,11 +127,19 @@ def launch(
     """
     if blocks == 0:
         return
-    function = _function(kernel)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
+    function = _function(kernel, shared)
     given = tuple(np.uint64(0) if a is None else a for a in arguments)
     function((blocks,), (threads,), given, shared_mem=shared)
+
+
+def address(array: Any) -> int:
+    """Where an array begins in memory."""
+    return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
+
+
+def current() -> int:
+    """The number of the current device."""
+    return int(xp().cuda.Device().id)
 
 
 def multiprocessors() -> int:
@@ -139,8 +150,93 @@ def multiprocessors() -> int:
 def resident(kernel: Kernel, threads: int, *, shared: int = 0) -> int:
     """How many blocks of this kernel the device holds at once: the most that a cooperative launch may have."""
     driver = xp().cuda.driver
-    function = _function(kernel)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
+    function = _function(kernel, shared)
     each = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
     return int(each) * multiprocessors()
+
+
+# Shared memory that a block may have where there is no device to ask: that of a Hopper.
+SHARED_LIMIT = 227 * 1024
+
+
+@cache
+def _shared_limit(device: int) -> int:
+    return int(xp().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have on the current device."""
+    cuda = getattr(xp(), "cuda", None)
+    return SHARED_LIMIT if cuda is None else _shared_limit(cuda.Device().id)
+
+
+def matmul(a: Any, b: Any, out: Any = None) -> Any:
+    """The product of two matrices or batches of them, ``float32`` in full precision.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy has been told to take TF32 for ``float32``, which has ten bits: no tolerance could be met.
+    """
+    array = xp()
+    if hasattr(array, "cuda") and np.dtype(np.float32) in (a.dtype, b.dtype) and _takes_tf32():
+        raise RuntimeError(
+            "CuPy multiplies float32 matrices in TF32 (CUPY_TF32=1), with errors of 1e-3; the mixers 'fixed' and "
+            "'dense' promise more: unset CUPY_TF32, or use float64"
+        )
+    if a.ndim == b.ndim == 2:  # the same, with less work for the host
+        return array.dot(a, b, out)
+    return array.matmul(a, b, out=out)
+
+
+def _takes_tf32() -> bool:
+    from cupy._core import _routines_linalg as linalg
+
+    return bool(linalg.get_compute_type(np.float32) == linalg.COMPUTE_TYPE_TF32)
+
+
+class Watch:
+    """A number on the device that the host sees a few looks later, so that the device never waits for the host.
+
+    Parameters
+    ----------
+    counter : array of one int32
+        What to look at.
+    late : int
+        How many looks later.
+    """
+
+    def __init__(self, counter: Any, late: int = 2) -> None:
+        self.counter, self.late, self.looks = counter, late, 0
+        cuda = getattr(xp(), "cuda", None)
+        self._cuda = cuda
+        if cuda is None:
+            self._seen = np.zeros(late + 1, np.int32)
+        else:
+            self._memory = cuda.alloc_pinned_memory(4 * (late + 1))
+            self._seen = np.frombuffer(self._memory, np.int32, late + 1)
+            self._events = [cuda.Event(disable_timing=True) for _ in range(late + 1)]
+
+    def look(self) -> int | None:
+        """Ask for the number as it is when the work that is queued now is done.
+
+        Returns
+        -------
+        int or None
+            The number that was asked for `late` looks ago; waits for that one. None before.
+        """
+        slot = self.looks % (self.late + 1)
+        if self._cuda is None:
+            self._seen[slot] = self.counter[0]
+        else:
+            stream, runtime = self._cuda.get_current_stream(), self._cuda.runtime
+            at = self._seen.ctypes.data + 4 * slot
+            runtime.memcpyAsync(at, self.counter.data.ptr, 4, runtime.memcpyDeviceToHost, stream.ptr)
+            self._events[slot].record(stream)
+        self.looks += 1
+        if self.looks <= self.late:
+            return None
+        before = (self.looks - 1 - self.late) % (self.late + 1)
+        if self._cuda is not None:
+            self._events[before].synchronize()
+        return int(self._seen[before])

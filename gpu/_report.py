@@ -1,14 +1,17 @@
 """What kernels say of a solve, and how it becomes the room's result: without asking the host."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpnumba.gpu import _device
+from fpnumba.gpu import _device, _shapes
 
 CONVERGED, MAX_ITER, DIVERGED, NONFINITE_INPUT, ILL_CONDITIONED = range(5)
 
 Array = Any
+# Most arrays whose inputs a report looks through.
+FIELDS = 8
 
 
 class Solved(NamedTuple):
@@ -46,10 +49,15 @@ class Report(NamedTuple):
     state: Array  # (B, parts) int32, a status
 
 
-def blank(batch: int, chunks: int, parts: int = 1) -> Report:
-    """A report for kernels that write every entry themselves, except where there is no step at all."""
+def blank(batch: int, chunks: int, parts: int = 1, *, written: bool = False) -> Report:
+    """A report to be filled in. `written` says that kernels write every entry that is looked at; otherwise it
+    begins as that of a solve that had nothing to do.
+    """
     xp = _device.xp()
     shape = (batch, parts)
+    if written:
+        of_parts = xp.empty((3, *shape), np.float64)
+        return Report(xp.empty((batch, chunks), np.int32), *of_parts, xp.empty(shape, np.int32))
     return Report(
         xp.zeros((batch, chunks), np.int32),
         xp.zeros(shape, np.float64),
@@ -59,14 +67,20 @@ def blank(batch: int, chunks: int, parts: int = 1) -> Report:
     )
 
 
-def compute_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype that a storage dtype is computed in."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
 def store(dtype: Any) -> str:
-    """How the kernels call a storage dtype."""
-    return _device.STORES[np.dtype(dtype).name]
+    """How the kernels call a storage dtype, or the name of one."""
+    return _device.STORES[dtype if isinstance(dtype, str) else _shapes.name(dtype)]
+
+
+@cache
+def _kernel(name: str) -> _device.Kernel:
+    return _device.Kernel.of("report.cu", "report", {"STORE": name})
+
+
+@cache
+def _limits(dtype: Any) -> tuple[np.float64, np.float64]:
+    limits = np.finfo(dtype)
+    return np.float64(limits.eps), np.float64(limits.tiny)
 
 
 def summary(
@@ -78,9 +92,7 @@ def summary(
     """
     xp = _device.xp()
     batch, chunks = report.counts.shape
-    limits = np.finfo(compute_dtype(value.dtype))
-    table = [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size // max(batch, 1), 0) for a in fields]
-    table += [(a.data.ptr if hasattr(a.data, "ptr") else a.ctypes.data, a.size, 1) for a in shared]
+    eps, tiny = _limits(_shapes.real(value.dtype))
     solved = Solved(
         value,
         xp.empty(batch, np.int64),
@@ -88,12 +100,26 @@ def summary(
         xp.empty(batch, np.int8),
         xp.empty((batch, chunks), np.int64),
     )
-    kernel = _device.Kernel.of("report.cu", "report", {"STORE": store(value.dtype)})
+    table: list[Any] = []
+    for array, every in (*((a, False) for a in fields), *((a, True) for a in shared)):
+        count = array.size if every else array.size // max(batch, 1)
+        table += [array, np.int64(-count if every else count)]
+    table += [None, np.int64(0)] * (FIELDS - len(table) // 2)
     arguments = (
         *(report.counts, np.int64(chunks), report.change, report.scale, report.rcond, report.state),
-        *(np.int32(report.change.shape[1]), np.int32(direct), np.float64(limits.eps), np.float64(limits.tiny)),
-        *(xp.asarray(np.array(table, np.int64).reshape(-1)), np.int32(len(table))),
+        *(
+            np.int32(report.change.shape[1]),
+            np.int32(direct),
+            eps,
+            tiny,
+        ),
         *(solved.iterations, solved.residual, solved.status, solved.chunk_iterations),
+        *table,
     )
-    _device.launch(kernel, batch, 256, arguments, shared=16)
+    _device.launch(_kernel(store(value.dtype)), batch, 256, arguments, shared=16)
     return solved
+
+
+def representative() -> list[_device.Kernel]:
+    """The kernels that are compiled where there is no device."""
+    return [_kernel(name) for name in _device.STORES.values()]

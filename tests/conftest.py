@@ -5,12 +5,15 @@ cases of that room and nothing else.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
 # JAX must not take most of a GPU's memory for itself
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
@@ -56,3 +59,52 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
+
+
+class GpuRoom(NamedTuple):
+    """Where the arrays of a test of the GPU room lie, and how they get there and back."""
+
+    name: str
+    give: Callable[[Any], Any]
+    get: Callable[[Any], Any]
+
+
+@pytest.fixture(params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
+def gpu_room(request: pytest.FixtureRequest) -> GpuRoom:
+    """The GPU room on NumPy arrays and the CPU, and on a device where there is one."""
+    if request.param == "simt":
+        request.getfixturevalue("simt_device")
+        return GpuRoom("simt", lambda a: a, lambda a: a)
+    import cupy
+
+    return GpuRoom(
+        "cupy",
+        lambda a: None if a is None else cupy.asarray(a),
+        lambda a: None if a is None else cupy.asnumpy(a),
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are left out where there is no device."""
+    if item.get_closest_marker("gpu") and not gpu_machine.has_device():
+        if gpu_machine.required():
+            pytest.fail(f"FPNUMBA_REQUIRE_GPU is set, but {gpu_machine.reason()}", pytrace=False)
+        pytest.skip(gpu_machine.reason())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests were left out because there is no GPU."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    missed = sum(f"Skipped: {gpu_machine.REASON}" in str(report.longrepr) for report in skipped)
+    if missed:
+        terminalreporter.write_line(f"skipped for want of a GPU: {missed}", yellow=True)
+
+
+@pytest.fixture
+def simt_device() -> Iterator[Any]:
+    """NumPy and the CPU in the place of CuPy and the GPU: a `simt.Device`."""
+    simt = pytest.importorskip("simt")
+    if simt.compiler() is None:
+        pytest.skip("no g++: CUDA C is not run on the CPU")
+    with simt.device() as machine:
+        yield machine

@@ -68,6 +68,19 @@ typedef Store<store>::real real;
 __device__ __forceinline__ store narrow(real v) { return Store<store>::narrow(v); }
 #endif
 
+// Of the compute type, whichever it is.
+__device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
+__device__ __forceinline__ double magnitude(double v) { return fabs(v); }
+// The larger; drops a NaN.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= 3.402823466e38f; }
+__device__ __forceinline__ bool is_finite(double v) { return fabs(v) <= 1.7976931348623157e308; }
+#ifdef STORE
+constexpr real EPS = sizeof(real) == 8 ? (real)2.220446049250313e-16 : (real)1.1920928955078125e-07;
+constexpr real LARGEST = sizeof(real) == 8 ? (real)1.7976931348623157e308 : (real)3.402823466e38;
+#endif
+
 // V neighbouring elements, loaded and stored at once.
 template <class T, int V> struct alignas(sizeof(T) * V > 16 ? 16 : sizeof(T) * V) Pack { T v[V]; };
 

@@ -10,20 +10,15 @@
 #define NONFINITE_INPUT 3
 #define ILL_CONDITIONED 4
 
-struct Field {
-  const void* data;
-  i64 size;  // elements per sequence, or of the whole array where it is shared
-  i64 shared;
-};
+#define FIELDS(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
+// An array, and how many elements each sequence has of it; negative: all of them share so many.
+#define FIELD(i) , const store *field##i, i64 size##i
 
-__device__ __forceinline__ bool finite(float v) { return fabsf(v) <= 3.402823466e38f; }
-__device__ __forceinline__ bool finite(double v) { return fabs(v) <= 1.7976931348623157e308; }
-
-// counts (B, chunks); change, scale, rcond (B, parts); state (B, parts); fields[n] with store elements
+// counts (B, chunks); change, scale, rcond and state (B, parts)
 extern "C" __global__ void __launch_bounds__(256)
 report(const int* counts, i64 chunks, const double* change, const double* scale, const double* rcond, const int* state,
-       int parts, int direct, double eps, double tiny, const i64* fields, int n, i64* iterations, double* residual,
-       signed char* status, i64* chunk_iterations) {
+       int parts, int direct, double eps, double tiny, i64* iterations, double* residual, signed char* status,
+       i64* chunk_iterations FIELDS(FIELD)) {
   const i64 b = blockIdx.x;
   SHARED(memory);
   int* most = (int*)memory;
@@ -47,11 +42,12 @@ report(const int* counts, i64 chunks, const double* change, const double* scale,
   }
   if (worst == DIVERGED || worst == ILL_CONDITIONED) {  // the same in every thread
     bool bad = false;
-    for (int k = 0; k < n; ++k) {
-      const store* data = (const store*)fields[3 * k];
-      const i64 each = fields[3 * k + 1], from = fields[3 * k + 2] ? 0 : b * each;
-      for (i64 i = threadIdx.x; i < each; i += blockDim.x) bad |= !finite(widen(data[from + i]));
-    }
+    auto look = [&](const store* data, i64 size) {
+      const i64 each = size < 0 ? -size : size, from = size < 0 ? 0 : b * each;
+      for (i64 i = threadIdx.x; i < each; i += blockDim.x) bad |= !is_finite(widen(data[from + i]));
+    };
+#define LOOK(i) look(field##i, size##i);
+    FIELDS(LOOK)
     if (bad) atomicMax(most + 1, 1);
   }
   __syncthreads();

@@ -1,0 +1,349 @@
+"""The GPU room against the floor and against what a user would pick instead, everything in one run.
+
+The floor of a case is the larger of two times: its bytes (each input read once, each output written once) over the
+measured copy bandwidth, and, where arithmetic counts, its operations over the measured float32 rate.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import fpnumba as fp
+from bench.timing import Row
+
+SCANS = ((256, 512, 1024), (64, 2048, 1024), (8, 65536, 1536), (1, 65536, 1024))
+SOLVES = ((256, 512, 1024), (64, 2048, 1024), (1, 65536, 1024))
+RTOL = 1e-6
+QUIET: dict[str, Any] = {"on_failure": "ignore"}  # nothing is asked of the device until the end
+
+
+def seconds_on_device(run: Callable[[], object], *, calls: int = 10, repeats: int = 5) -> float:
+    """Time of one call on the device: events around some calls in a row, the median of repeats."""
+    import cupy
+
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e-3 / calls)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a large copy on the device."""
+    import cupy
+
+    source = cupy.random.random(2**29, dtype=cupy.float32)
+    target = cupy.empty_like(source)
+    return 2 * source.nbytes / seconds_on_device(lambda: cupy.copyto(target, source))
+
+
+_FLOPS = r"""
+extern "C" __global__ void __launch_bounds__(256) flops(float* out, int rounds) {
+  float a[8];
+  for (int i = 0; i < 8; ++i) a[i] = threadIdx.x + i;
+  for (int k = 0; k < rounds; ++k)
+    for (int i = 0; i < 8; ++i) a[i] = fmaf(a[i], 0.999f, 0.5f);
+  float total = 0;
+  for (int i = 0; i < 8; ++i) total += a[i];
+  if (total == -1) out[threadIdx.x] = total;
+}
+"""
+
+
+def float32_rate() -> float:
+    """Float32 operations per second in registers: fused multiply-adds, each two operations."""
+    import cupy
+
+    kernel = cupy.RawKernel(_FLOPS, "flops")
+    out, rounds = cupy.empty(256, cupy.float32), 20000
+    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    seconds = seconds_on_device(lambda: kernel((blocks,), (256,), (out, np.int32(rounds))), calls=2)
+    return blocks * 256 * 8 * 2 * rounds / seconds
+
+
+def low_rank_problem(shape: tuple[int, int, int], rank: int, dtype: Any, seed: int = 0) -> dict[str, Any]:
+    """A Householder problem on the device: lam in (0.05, 0.95), alpha in (0.05, 0.95) over the root of the rank."""
+    import cupy
+
+    rng = cupy.random.default_rng(seed)
+    batch, steps, dim = shape
+    u = rng.standard_normal((batch, steps, rank, dim), dtype=cupy.float32)
+    u /= cupy.sqrt((u * u).sum(axis=-1, keepdims=True))
+    lam = rng.random(shape, dtype=cupy.float32) * 0.9 + 0.05
+    alpha = (rng.random((batch, steps, rank), dtype=cupy.float32) * 0.9 + 0.05) / np.float32(rank**0.5)
+    x = rng.standard_normal(shape, dtype=cupy.float32)
+    hbar = rng.standard_normal(shape, dtype=cupy.float32)
+    lam, u, alpha, x, hbar = (a.astype(dtype) for a in (lam, u, alpha, x, hbar))
+    return {"lam": lam, "x": x, "hbar": hbar, "mixer": fp.mixers.Householder(u, alpha, alpha_max=None)}
+
+
+def kronecker_problem(shape: tuple[int, int, int], factor: int, seed: int = 0) -> dict[str, Any]:
+    """Factors of equal size, the norm of their product bounded by 0.8."""
+    import cupy
+
+    rng = cupy.random.default_rng(seed)
+    batch, steps, dim = shape
+
+    def contraction(d: int) -> Any:
+        k = rng.standard_normal((batch, steps, d, d), dtype=cupy.float32)
+        return k * np.float32(0.8**0.5) / cupy.sqrt((k * k).sum(axis=(-2, -1), keepdims=True))
+
+    return {
+        "lam": rng.random(shape, dtype=cupy.float32) * 0.9 + 0.05,
+        "x": rng.standard_normal(shape, dtype=cupy.float32),
+        "hbar": rng.standard_normal(shape, dtype=cupy.float32),
+        "mixer": fp.mixers.Kronecker(contraction(factor), contraction(dim // factor)),
+    }
+
+
+def monarch_problem(shape: tuple[int, int, int], size: int, seed: int = 0) -> dict[str, Any]:
+    """Blocks whose norm is bounded by 0.8."""
+    import cupy
+
+    rng = cupy.random.default_rng(seed)
+    batch, steps, dim = shape
+    blocks = rng.standard_normal((batch, steps, dim // size, size, size), dtype=cupy.float32)
+    blocks /= cupy.sqrt((blocks * blocks).sum(axis=(-2, -1), keepdims=True))
+    return {
+        "lam": rng.random(shape, dtype=cupy.float32) * 0.9 + 0.05,
+        "x": rng.standard_normal(shape, dtype=cupy.float32),
+        "hbar": rng.standard_normal(shape, dtype=cupy.float32),
+        "mixer": fp.mixers.Monarch(blocks, cupy.full((batch, steps, dim // size), 0.8, cupy.float32)),
+    }
+
+
+class Bench:
+    """One run: the ceilings, and the rows so far."""
+
+    def __init__(self, report: Callable[[Row], None]) -> None:
+        self.rows: list[Row] = []
+        self.report = report
+        self.copies = [copy_bandwidth()]
+        self.rate = float32_rate()
+        self.facts: dict[str, Any] = {}
+
+    def add(
+        self,
+        case: str,
+        shape: tuple[int, ...],
+        seconds: float,
+        nbytes: int | None,
+        *,
+        operations: float = 0,
+        note: str = "",
+    ) -> float:
+        """Keep one row; `of_copy` is the fraction of its floor."""
+        share = None
+        if nbytes is not None:
+            share = max(nbytes / self.copies[-1], operations / self.rate) / seconds
+        label = "x".join(str(n) for n in shape)
+        self.rows.append(Row(case, label, seconds, nbytes, share, note, {"operations": operations}))
+        self.report(self.rows[-1])
+        return seconds
+
+
+def clean() -> None:
+    """Give the memory of finished cases back."""
+    import cupy
+
+    gc.collect()
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _mixer_bytes(mixer: Any) -> int:
+    return sum(int(a.nbytes) for a in mixer.params)
+
+
+def _scan_case(bench: Bench, shape: tuple[int, int, int]) -> None:
+    import cupy
+
+    p = low_rank_problem(shape, 1, cupy.float32)
+    lam, x, hbar = p["lam"], p["x"], p["hbar"]
+    bench.add("linear_scan", shape, seconds_on_device(lambda: fp.linear_scan(lam, x)), 3 * x.nbytes)
+    _, pull = fp.vjp(fp.linear_scan, lam, x)
+    bench.add("  its gradient", shape, seconds_on_device(lambda: pull(hbar)), 5 * x.nbytes)
+
+
+def _solve_case(
+    bench: Bench,
+    case: str,
+    p: dict[str, Any],
+    solver: fp.Solver,
+    *,
+    gradient: bool = True,
+    per_iteration: float = 0.0,
+) -> tuple[float, float | None]:
+    """Time the value, and value and exact gradient; floors as the module says."""
+    lam, x, mixer, hbar = p["lam"], p["x"], p["mixer"], p["hbar"]
+    adjoint = fp.Adjoint(rtol=RTOL, **QUIET)
+    solution = fp.fixed_point_rnn(lam, mixer, x, solver=solver)
+    counts = int(np.max(solution.iterations))
+    failed = int((~solution.converged).sum())
+    work = (
+        per_iteration * float(np.asarray(solution.chunk_iterations, np.float64).mean())
+        if per_iteration
+        else 0.0
+    )
+    nbytes = 3 * x.nbytes + _mixer_bytes(mixer)
+    note = f"iterations {counts}" + (f", {failed} not converged" if failed else "")
+    value = bench.add(
+        case,
+        x.shape,
+        seconds_on_device(lambda: fp.fixed_point_rnn(lam, mixer, x, solver=solver)),
+        nbytes,
+        operations=work,
+        note=note,
+    )
+    if not gradient:
+        return value, None
+
+    def both() -> object:
+        _, pull = fp.vjp(fp.fixed_point_rnn, lam, mixer, x, solver=solver, adjoint=adjoint)
+        return pull(hbar)
+
+    # the value's bytes; then lam, x, the mixer, h and hbar read, the adjoint and all cotangents written
+    more = nbytes + 7 * x.nbytes + 2 * _mixer_bytes(mixer)
+    seconds = bench.add(
+        "  value and exact gradient", x.shape, seconds_on_device(both), more, operations=2 * work, note=""
+    )
+    return value, seconds
+
+
+def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
+    """Measure every case, hand each row to `report` as it comes, and return the machine-readable record."""
+    import cupy
+    import ml_dtypes
+
+    bench = Bench(report)
+    solver = fp.Solver(rtol=RTOL, **QUIET)
+    iterated = fp.Solver("sequential", rtol=RTOL, **QUIET)
+    small = (16, 256, 512)
+    for shape in (small,) if quick else SCANS:
+        _scan_case(bench, shape)
+        clean()
+    values: dict[tuple[int, ...], float] = {}
+    for shape in (small,) if quick else SOLVES:
+        p = low_rank_problem(shape, 1, cupy.float32)
+        values[shape], _ = _solve_case(bench, "fixed_point_rnn, direct", p, solver)
+        _solve_case(bench, "fixed_point_rnn, sequential", p, iterated)
+        del p
+        clean()
+    main = small if quick else (256, 512, 1024)
+    p = low_rank_problem(main, 1, cupy.float32)
+    times = {}
+    for count in (1, 2, 4, 8):
+        few = fp.Solver("sequential", rtol=RTOL, max_iter=count, **QUIET)
+        times[count], _ = _solve_case(bench, f"fixed_point_rnn, {count} iterations", p, few, gradient=False)
+    bench.facts["iterations 1 to 8, slowest over fastest"] = max(times.values()) / min(times.values())
+    del p
+    clean()
+    for name, dtype in (("float16", cupy.float16), ("bfloat16", ml_dtypes.bfloat16)):
+        p = low_rank_problem(main, 1, dtype)
+        half, _ = _solve_case(bench, f"fixed_point_rnn, direct, {name}", p, solver)
+        bench.facts[f"{name} over float32"] = values[main] / half
+        del p
+        clean()
+    wide = small if quick else (64, 2048, 1024)
+    for rank in (4, 8):
+        p = low_rank_problem(wide, rank, cupy.float32)
+        _solve_case(bench, f"fixed_point_rnn, direct, rank {rank}", p, solver)
+        del p
+        clean()
+    chunked = fp.Solver("chunked", rtol=RTOL, **QUIET)
+    factor = 16 if quick else 32
+    p = kronecker_problem(wide, factor)
+    # two products of d1 x d1 x d2 and d1 x d2 x d2 for each step and iteration
+    other = wide[2] // factor
+    per = 2.0 * wide[0] * wide[1] * factor * other * (factor + other)
+    _solve_case(bench, "fixed_point_rnn, Kronecker", p, chunked, per_iteration=per)
+    del p
+    clean()
+    p = monarch_problem(small if quick else (64, 512, 1024), 64)
+    per = 2.0 * p["x"].size * 64
+    _solve_case(bench, "fixed_point_rnn, Monarch 64", p, chunked, per_iteration=per)
+    del p
+    clean()
+    if peers:
+        _peers(bench, wide, values[wide], solver)
+    return {
+        "device": cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode(),
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "copy_bytes_per_second": bench.copies,
+        "float32_operations_per_second": bench.rate,
+        "facts": bench.facts,
+        "rows": [row.as_dict() for row in bench.rows],
+    }
+
+
+def _wall(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall time of a call that waits for the device."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _peers(bench: Bench, shape: tuple[int, int, int], ours: float, solver: fp.Solver) -> None:
+    """JAX and torch on the same arrays; a peer whose answer is another one does not count."""
+    import cupy
+
+    p = low_rank_problem(shape, 1, cupy.float32)
+    u, alpha = p["mixer"].params
+    arrays = (p["lam"], cupy.ascontiguousarray(u[..., 0, :]), alpha, p["x"])
+    answer = fp.fixed_point_rnn(p["lam"], p["mixer"], p["x"], solver=solver).value
+    scale = float(cupy.abs(answer).max())
+
+    def keep(name: str, call: Callable[[], Any]) -> None:
+        found = cupy.from_dlpack(call())
+        error = float(cupy.abs(found - answer).max()) / scale
+        assert error < 1e-4, f"{name}: the answer differs by {error:.1e}"
+        del found
+        seconds = _wall(call)
+        bench.facts[f"{name} over fixed_point_rnn"] = seconds / ours
+        bench.add(name, shape, seconds, None, note=f"{seconds / ours:.0f} x as long")
+
+    from bench import peers
+
+    def attempt(name: str, make: Callable[[], Callable[[], Any]]) -> None:
+        try:
+            keep(name, make())
+        except Exception as reason:  # a peer that does not run is said, not hidden
+            bench.facts[name] = f"did not run: {type(reason).__name__}: {str(reason)[:200]}"
+        clean()
+
+    def jax_loop(function: Callable[..., Any]) -> Callable[[], Any]:
+        import jax
+
+        theirs = [jax.dlpack.from_dlpack(a) for a in arrays]
+        return lambda: function(*theirs).block_until_ready()
+
+    def torch_loop() -> Callable[[], Any]:
+        import torch
+
+        theirs = [torch.from_dlpack(a) for a in arrays]
+        function = peers.torch_iteration(20)
+
+        def call() -> Any:
+            found = function(*theirs)
+            torch.cuda.synchronize()
+            return found
+
+        return call
+
+    attempt("JAX jit, loop of associative_scan", lambda: jax_loop(peers.jax_iteration(RTOL)))
+    attempt("JAX jit, lax.scan, direct", lambda: jax_loop(peers.jax_direct()))
+    attempt("torch.compile, loop of associative_scan", torch_loop)
