@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_cupy_array
 from numpy.typing import NDArray
 
-from fpnumba.arrays import DTYPES, Float, kind_of, namespace, neighbour, to_numpy
+from fpnumba.arrays import DTYPES, Float, is_cupy, kind_of, namespace, neighbour, to_numpy
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import fixed_point_rnn
 from fpnumba.solve import Adjoint, Solution, Solver
@@ -158,11 +157,10 @@ def check_adjoint(
             bar = {p: b for p, b, _ in _leaves(found[name], name)}.get(path)
             if bar is None:
                 raise TypeError(f"the pullback of {fun!r} has no cotangent for {path}")
-            direction = rng.standard_normal(array.shape)
-            v = _beside(array, direction)
+            v = rng.standard_normal(array.shape)
             jv = _derivative(lambda e: value(name, rebuild(array + e * v)))  # noqa: B023 - used at once
             left = sum(float(np.vdot(a, b)) for a, b in zip(ybar, jv, strict=True))
-            right = float(np.vdot(to_numpy(bar), direction))
+            right = float(np.vdot(bar, v))
             size = sum(np.linalg.norm(a) * np.linalg.norm(b) for a, b in zip(ybar, jv, strict=True))
             scale = max(abs(left), abs(right), 1e-2 * float(size))
             products[path] = (left, right)
@@ -198,7 +196,7 @@ def _as_float64(thing: Any) -> Any:
 
 
 def _is_array(thing: Any) -> bool:
-    return isinstance(thing, np.ndarray) or is_cupy_array(thing)
+    return isinstance(thing, np.ndarray) or is_cupy(thing)
 
 
 def _beside(array: Any, numbers: NDArray[np.float64]) -> Any:
@@ -206,10 +204,10 @@ def _beside(array: Any, numbers: NDArray[np.float64]) -> Any:
     return namespace(array).asarray(numbers) if _is_array(array) else numbers
 
 
-def _leaves(thing: Any, path: str) -> list[tuple[str, Any, Callable[[Any], Any]]]:
-    """Every float64 array of a structure: where it is, and how to put another in its place."""
+def _leaves(thing: Any, path: str) -> list[tuple[str, NDArray[np.float64], Callable[[Any], Any]]]:
+    """Every float64 array of a structure, on the host: where it is, and how to put another in its place."""
     if _is_array(thing) and thing.dtype == np.float64:
-        return [(path, thing, lambda new: new)]
+        return [(path, to_numpy(thing), lambda new: _beside(thing, new))]
     if isinstance(thing, Mixer):
         parts: dict[Any, Any] = dict(zip(thing.shapes, thing.params, strict=True))
         return _branches(parts, path, ".{}", lambda new: thing.like(*new.values()))
@@ -220,7 +218,7 @@ def _leaves(thing: Any, path: str) -> list[tuple[str, Any, Callable[[Any], Any]]
 
 def _branches(
     parts: dict[Any, Any], path: str, style: str, join: Callable[[dict[Any, Any]], Any]
-) -> list[tuple[str, Any, Callable[[Any], Any]]]:
+) -> list[tuple[str, NDArray[np.float64], Callable[[Any], Any]]]:
     def put(key: Any, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda new: join(parts | {key: inner(new)})
 
@@ -237,7 +235,7 @@ def _parts(out: Any) -> list[Any]:
 
 
 def _outputs(out: Any) -> list[Float]:
-    return [np.asarray(to_numpy(p) if is_cupy_array(p) else p, dtype=np.float64) for p in _parts(out)]
+    return [np.asarray(to_numpy(p) if is_cupy(p) else p, dtype=np.float64) for p in _parts(out)]
 
 
 def _derivative(along: Callable[[float], list[Float]], step: float = 4e-3) -> list[Float]:

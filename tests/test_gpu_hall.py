@@ -544,6 +544,16 @@ def test_streams_of_torch(cupy: Any) -> None:
         np.testing.assert_allclose(found.numpy(), 4.0, rtol=1e-4)
 
 
+def test_a_tensor_that_requires_grad_on_a_gpu(cupy: Any) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch without CUDA")
+    x = torch.ones(3, 2, device="cuda", requires_grad=True)
+    with pytest.raises(TypeError, match=r"^argument `x`: is a torch tensor that requires grad.*x.detach\(\)"):
+        fp.linear_scan(x, x)
+    assert fp.linear_scan(x.detach(), x.detach()).is_cuda
+
+
 def test_the_room_is_held_to_the_reference(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fpnumba import validate
 
