@@ -465,7 +465,7 @@ template <int ARRAYS> struct Ring {
     if (i < R) {
       unsigned char* to = (unsigned char*)(strengths + slot * STRENGTHS + i);
 #ifdef SIMT
-      *(store*)to = row[i];
+      copy_async<sizeof(store)>(to, row + i);
 #else
       if constexpr (sizeof(store) >= 4)
         copy_async<sizeof(store)>(to, row + i);
