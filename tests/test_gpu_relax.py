@@ -31,7 +31,13 @@ SHAPES = (
     ("householder", 3, 33),
     ("householder", 8, 20),
 )
-LARGE = (("kronecker", 32, 32), ("kronecker", 40, 36), ("monarch", 16, 64), ("monarch", 9, 120), ("householder", 2, 1100))
+LARGE = (
+    ("kronecker", 32, 32),
+    ("kronecker", 40, 36),
+    ("monarch", 16, 64),
+    ("monarch", 9, 120),
+    ("householder", 2, 1100),
+)
 
 
 class Room(NamedTuple):
@@ -313,12 +319,16 @@ def test_one_iteration_and_cotangents(room: Room, shape: Any, dtype: str) -> Non
 def test_one_iteration_and_cotangents_of_large_steps(room: Room, shape: Any, dtype: str) -> None:
     p = made(*shape, batch=1, steps=2, dtype=dtype)
     exact, small = p.astype("float64"), 1e-11 if dtype == "float64" else 1e-4
-    one = _relax.iterate(*system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False)
+    one = _relax.iterate(
+        *system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False
+    )
     want = reference.iterate(*exact.system, exact.x, exact.initial, exact.h)
     assert_allclose(room.get(one), want, rtol=small, atol=small)
     bars = _relax.pull(*system(room, p), *(room.give(a) for a in (p.x, p.initial, p.h, p.hbar)))
     expected = reference.rnn_cotangents(*exact.system, exact.x, exact.initial, exact.h, exact.hbar)
-    for got, want in zip((bars[0], *bars[2:4], *bars[4]), (expected[0], *expected[2:4], *expected[4]), strict=True):
+    for got, want in zip(
+        (bars[0], *bars[2:4], *bars[4]), (expected[0], *expected[2:4], *expected[4]), strict=True
+    ):
         assert_allclose(room.get(got), want, rtol=small, atol=small)
 
 
