@@ -20,6 +20,8 @@ MOST_SHARED = 227 * 1024
 HALF_SHARED = 112 * 1024
 # Steps of a chunk, where they fit.
 LONGEST_CHUNK = 32
+# A segment of time has this many chunks at least, and a sequence so many segments at most.
+SHORTEST_SEGMENT, MOST_SEGMENTS = 8, 32
 # More channels than this are mixed by a whole block, not by a warp.
 WIDE_DIM = 1024
 ROOM = 1024
@@ -59,7 +61,12 @@ class _Mixer(NamedTuple):
 
     def macros(self, wide: bool, **more: object) -> dict[str, object]:
         """How a kernel for this mixer is compiled; False and 0 are left to the sources."""
-        given = {"STORE": _report.store(self.first.dtype), "KIND": KINDS[self.kind], "RANK": self.rank, "WIDE": int(wide)}
+        given = {
+            "STORE": _report.store(self.first.dtype),
+            "KIND": KINDS[self.kind],
+            "RANK": self.rank,
+            "WIDE": int(wide),
+        }
         return {k: v for k, v in (given | more).items() if v or k == "KIND"}
 
 
@@ -143,10 +150,11 @@ def solve(
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
-    report = _report.blank(batch, chunks)
+    tensors = _on_tensor_cores(mixer, source.dtype, chunk, damping)
+    report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
-        serves = _kronecker if _on_tensor_cores(mixer, source.dtype, chunk, damping) else _any_shape
+        serves = _kronecker if tensors else _any_shape
         serves(mixer, lam, gate, source, initial, guess, value, report, *options)
     inputs = (lam, source, gate, initial, guess, *params)
     return _report.summary(value, report, False, tuple(a for a in inputs if a is not None))
@@ -194,8 +202,15 @@ def _any_shape(
 
 def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
     """Whether `relax_kronecker` serves this solve."""
-    small = mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+    small = (
+        mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+    )
     return small and _real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
+
+
+def _segments(batch: int, chunks: int) -> int:
+    """Into how many segments of time a sequence is cut, where there are too few sequences for the device."""
+    return max(1, min(_device.multiprocessors() // max(batch, 1), chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
 
 
 def _most_warps(dim: int) -> int:
@@ -234,18 +249,28 @@ def _kronecker(
     max_iter: int,
     damping: float,
 ) -> None:
-    """The kernel `relax_kronecker`: one warp for each step of a chunk."""
+    """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
     batch, steps, _ = source.shape
     warps = 1 << (chunk - 1).bit_length()
     kernel, shared = _kronecker_kernel(
         _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
     )
-    arguments = (
-        *(mixer.first, mixer.second, lam, gate, source, initial, guess, value, np.int64(steps), np.int32(chunk)),
-        *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
-        *(report.counts, report.change, report.scale, report.state),
-    )
-    _device.launch(kernel, batch, 32 * warps, arguments, shared=shared)
+    xp, segments = _device.xp(), report.state.shape[1]
+    left = moved = None
+    if segments > 1:
+        left = xp.empty((2, batch * segments, mixer.dim), np.float32)
+        moved = xp.zeros((2, batch * segments), np.int32)
+    # The first round starts every segment from zero; each of the others from what the one before has left by then. At
+    # once for all of them, and most have nothing to do: a correction decays, and who has no news leaves at once.
+    for turn in range(segments):
+        arguments = (
+            *(mixer.first, mixer.second, lam, gate, source, initial, value if turn else guess, value),
+            *(np.int64(steps), np.int32(chunk)),
+            *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
+            *(report.counts, report.change, report.scale, report.state),
+            *(np.int32(segments), np.int32(turn), left, moved),
+        )
+        _device.launch(kernel, batch * segments, 32 * warps, arguments, shared=shared)
 
 
 def _real(dtype: Any) -> np.dtype[Any]:
