@@ -133,7 +133,7 @@ def _run(
         if n == 0 or chunks > 1:
             _device.launch(begin, batch * groups, THREADS, to_begin)
         product()
-        _device.launch(scan, batch * groups, THREADS, to_scan, shared=16)
+        _device.launch(scan, batch * groups, THREADS, to_scan)
         if watch.look() == 0:
             break
 

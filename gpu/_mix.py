@@ -12,10 +12,12 @@ from fpnumba.gpu._report import store
 Array = Any
 Params = tuple[Array, ...]
 
-# Most rows of a low-rank mixer that a thread holds at once, and how many 32-bit registers all its rows may take.
+# Most rows of a low-rank mixer that a thread holds at once.
 MOST_ROWS = 8
-REGISTERS = 72
-
+# Registers that a thread may take in groups of so many: such that several steps are on their way at once; and, before
+# rows are read twice, such that nothing is spilled.
+REGISTERS = ((32, 112), (64, 112), (128, 168), (256, 128), (512, 120))
+AT_MOST = ((128, 230), (256, 230))
 
 # Bytes of an element, and of one in the dtype that it is computed in.
 SIZES = {"float64": (8, 8), "float32": (4, 4), "float16": (2, 4), "bfloat16": (2, 4)}
@@ -46,21 +48,21 @@ def _sizes(dtype: Any) -> tuple[int, int]:
 # --- low rank -----------------------------------------------------------------------------------------------------
 
 
-def _rows(dim: int, rank: int, width: int, real: int, vectors: int) -> tuple[int, int, int]:
+def _rows(dim: int, rank: int, width: int, real: int, vectors: int, product: bool) -> tuple[int, int, int]:
     """Rows of `u` that are held at once, threads of a step, and accesses of a thread to a row.
 
     As few tiles of rows as there can be, and then as few threads, so that sums cross few warps, as leave a thread's
-    rows and `vectors` more in registers; `real` are the bytes of a number there.
+    rows, `vectors` more, and the sums in registers; `real` are the bytes of a number there.
     """
-    found = 1, 512, -(-dim // (512 * width))
     for tiles in range(1, rank + 1):
         rows = -(-rank // tiles)
-        for group in (32, 64, 128, 256, 512):
+        held = rows + vectors + (tiles > 1 and not product)
+        sums = vectors * rows + (rows * (rows - 1) // 2 if product else 0)
+        for group, registers in (*REGISTERS, *AT_MOST) if rows <= MOST_ROWS else ():
             accesses = -(-dim // (group * width))
-            words = accesses * width * (rows + vectors) * real // 4
-            if rows <= MOST_ROWS and words <= (REGISTERS if group < 512 else 64):
+            if (accesses * width * held + sums) * real // 4 + 32 <= registers:
                 return rows, group, accesses
-    return found
+    return 1, 512, -(-dim // (512 * width))
 
 
 def _low_rank(
@@ -68,8 +70,8 @@ def _low_rank(
 ) -> Grid:
     vectors = 1 if function == "low_rank_apply" else 2
     _, real = _sizes(dtype)
-    rows, group, accesses = _rows(dim, rank, width, real, vectors)
-    threads = max(group, 128)
+    rows, group, accesses = _rows(dim, rank, width, real, vectors, product)
+    threads = 128 if group == 32 else group
     macros = {
         "STORE": store(dtype),
         "RANK": rows,
@@ -237,10 +239,7 @@ def kronecker_tile(d1: int, d2: int) -> tuple[int, int]:
     return tall, min(256, -(-tiles // 32) * 32)
 
 
-def _kronecker(
-    function: str, dtype: Any, d1: int, d2: int, width: int, transposed: bool, steps: int
-) -> Grid | None:
-    """None where a step does not fit into shared memory."""
+def _kronecker(function: str, dtype: Any, d1: int, d2: int, width: int, transposed: bool, steps: int) -> Grid:
     tall, group = kronecker_tile(d1, d2)
     itemsize = _sizes(dtype)[1]
     vec = 16 // itemsize
@@ -255,8 +254,6 @@ def _kronecker(
     numbers = padded(d1) * stride(d1) + padded(d2) * stride(d2) + vectors * padded(d1) * stride(d2)
     at_once = 4 if group == 32 and numbers * itemsize <= 8192 else 1
     shared = at_once * numbers * itemsize
-    if shared > _device.shared_limit():
-        return None
     macros = {
         "STORE": store(dtype),
         "D1": d1,
@@ -285,7 +282,7 @@ def kronecker_apply(params: Params, x: Array, transposed: bool) -> Array:
     d1, d2 = k1.shape[-1], k2.shape[-1]
     steps = x.size // (d1 * d2)
     grid = _kronecker("kronecker_apply", x.dtype, d1, d2, _both(d1, d2, x, k1, k2, y), transposed, steps)
-    if grid is not None:
+    if grid.shared <= _device.shared_limit():
         grid.run(k1, k2, x, y, np.int64(steps))
         return y
     left, right, seen = _real(k1, k2, x.reshape(*x.shape[:-1], d1, d2))
@@ -308,7 +305,7 @@ def kronecker_cotangent(params: Params, x: Array, ybar: Array) -> Params:
     steps = x.size // (d1 * d2)
     width = _both(d1, d2, x, ybar, k1, k2, *bars)
     grid = _kronecker("kronecker_cotangent", x.dtype, d1, d2, width, False, steps)
-    if grid is not None:
+    if grid.shared <= _device.shared_limit():
         grid.run(k1, k2, x, ybar, *bars, np.int64(steps))
         return bars
     shape = (*x.shape[:-1], d1, d2)
@@ -347,7 +344,7 @@ def fixed_cotangent(q: Array, x: Array, ybar: Array) -> Array:
 
 def representative() -> list[_device.Kernel]:
     """The kernels that are compiled where there is no device."""
-    found: list[Grid | None] = []
+    found: list[Grid] = []
     for dtype, width in (("float32", 4), ("float64", 2), ("bfloat16", 8)):
         found += [
             _low_rank("low_rank_apply", dtype, 1024, 2, width, False, False, 1),
@@ -363,4 +360,4 @@ def representative() -> list[_device.Kernel]:
         _blocks("block_rows", "float16", 3, 1, 1, plain=False),
         _kronecker("kronecker_apply", "float16", 3, 5, 1, True, 1),
     ]
-    return [grid.kernel for grid in found if grid is not None]
+    return [grid.kernel for grid in found]

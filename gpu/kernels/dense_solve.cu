@@ -25,8 +25,6 @@
 
 constexpr u32 EVERY_LANE = 0xffffffffu;
 constexpr int AHEAD = 8;
-constexpr double EPS = sizeof(real) == 8 ? 2.220446049250313e-16 : 1.1920928955078125e-07;
-constexpr double LARGEST = 1.7976931348623157e308;
 
 #if ONCE
 typedef store held;
@@ -57,7 +55,6 @@ __device__ __forceinline__ real carried(const Chunk& at, const store* lam, const
   return initial != nullptr ? widen(initial[b * dim + i]) : (real)0;
 }
 
-__device__ __forceinline__ real magnitude(real v) { return v < 0 ? -v : v; }
 __device__ __forceinline__ real most_of(real a, real b) { return b > a || b != b ? b : a; }  // keeps a NaN
 
 // The bits of a size as a whole number of the same order, in which a NaN is above everything.
@@ -186,8 +183,6 @@ dense_scan(const store* __restrict__ lam, const store* __restrict__ gate, const 
     decays = product;
   }
 #if !ONCE
-  SHARED(memory);
-  bool& decides = *(bool*)memory;
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) {
     change = most_of(change, __shfl_xor_sync(EVERY_LANE, change, offset));
@@ -202,9 +197,8 @@ dense_scan(const store* __restrict__ lam, const store* __restrict__ gate, const 
     __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x == 0) decides = atomicAdd(arrived + b, 1) == groups - 1;
-  if (threadIdx.x != 0 || !decides) return;
-  __threadfence();
+  if (threadIdx.x != 0 || atomicAdd(arrived + b, 1) != groups - 1) return;
+  __threadfence();  // the last block of the sequence decides
   const double moved = from_bits(atomicExch(of, 0ull)), tall = from_bits(atomicExch(of + 1, 0ull));
   const double reach = from_bits(atomicExch(of + 2, 0ull));
   arrived[b] = 0;
@@ -216,8 +210,8 @@ dense_scan(const store* __restrict__ lam, const store* __restrict__ gate, const 
     const double even = 1.0 / (double)chunks, rest = 1 - reach;
     share = 0.5 * (rest > even ? rest : even);
   }
-  const double asked = share * (atol + rtol * scale), least = 4 * EPS * scale;
-  const bool finite = moved <= LARGEST, converged = finite && moved <= (least > asked ? least : asked);
+  const double asked = share * (atol + rtol * scale), least = 4 * (double)EPS * scale;
+  const bool finite = is_finite(moved), converged = finite && moved <= (least > asked ? least : asked);
   const int n = count[b] + 1;
   if (converged || !finite || n >= max_iter) {
     counts[b * chunks + at.number] = n;

@@ -23,6 +23,8 @@
 
 #define VALUES (EACH * ACCESSES)
 
+static_assert(GROUP == 32 || GROUP == THREADS, "a group is a warp or the block");
+
 constexpr int R = RANK;
 constexpr bool CHAIN = PRODUCT && RANK > 1;
 constexpr int PLAINS = CHAIN ? R * (R - 1) / 2 : 0;
