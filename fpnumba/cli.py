@@ -105,11 +105,17 @@ def _validate(options: argparse.Namespace) -> int:
     from fpnumba import validate
 
     present = validate.rooms_present()
+    absent = validate.rooms_absent()
     for room in options.room or ():
         if room not in present:
-            raise UserError(f"argument --room: {room!r} is not present here (there is {', '.join(present)})")
+            why = f": {absent[room]}" if room in absent else ""
+            raise UserError(
+                f"argument --room: {room!r} is not present here (there is {', '.join(present)}){why}"
+            )
     if options.json is not None and options.json.exists():
         raise UserError(f"argument --json: {options.json} exists, and nothing is overwritten")
+    for room, why in absent.items() if options.room is None else ():
+        print(f"room {room}: no device, so not validated: {why}")
     print(validate.header(), flush=True)
     rows = validate.run(
         options.room,

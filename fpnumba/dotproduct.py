@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import DTYPES, Float, kind_of, neighbour
+from fpnumba.arrays import DTYPES, Float, is_cupy, kind_of, namespace, neighbour, to_numpy
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import fixed_point_rnn
 from fpnumba.solve import Adjoint, Solution, Solver
@@ -98,7 +98,8 @@ def check_adjoint(
         As for `vjp`.
     *primals
         Arrays, mixers (their parameters are varied), dicts of these (a layer's parameters). Arrays of
-        floating point are converted to NumPy float64; everything else is passed on as it is and not varied.
+        floating point are converted to NumPy float64, those on a GPU to CuPy float64; everything else is passed
+        on as it is and not varied.
     tolerance : float
         Largest relative error that passes.
     seed : int
@@ -137,7 +138,8 @@ def check_adjoint(
     options = {name: _as_float64(option) for name, option in options.items()}
     out, pullback = vjp(fun, *primals, **options)
     ybar = [rng.standard_normal(part.shape) for part in _outputs(out)]
-    bars = pullback(tuple(ybar) if isinstance(out, tuple | list) else ybar[0])
+    laid = [_beside(part, bar) for part, bar in zip(_parts(out), ybar, strict=True)]
+    bars = pullback(tuple(laid) if isinstance(out, tuple | list) else laid[0])
     found = {f"primal {i}": bar for i, bar in enumerate(bars)} | getattr(bars, "options", {})
     given = {f"primal {i}": primal for i, primal in enumerate(primals)} | options
 
@@ -179,21 +181,33 @@ def check_adjoint(
 
 
 def _as_float64(thing: Any) -> Any:
-    """The same structure, its arrays of floating point as NumPy float64."""
+    """The same structure, its arrays of floating point as NumPy float64, or CuPy float64 if they lie on a GPU."""
     if isinstance(thing, Mixer):
         return thing.like(*(_as_float64(p) for p in thing.params))
     if isinstance(thing, Mapping):
         return {key: _as_float64(value) for key, value in thing.items()}
-    if not hasattr(thing, "__dlpack__"):
+    if not hasattr(thing, "__dlpack__") and not hasattr(thing, "__cuda_array_interface__"):
         return thing
     host = neighbour(kind_of("primal", thing))
-    return np.array(host.take(thing), np.float64) if host.dtype_name(thing) in DTYPES else thing
+    if host.dtype_name(thing) not in DTYPES:
+        return thing
+    view = host.take(thing)
+    return namespace(view).array(view, np.float64)
+
+
+def _is_array(thing: Any) -> bool:
+    return isinstance(thing, np.ndarray) or is_cupy(thing)
+
+
+def _beside(array: Any, numbers: NDArray[np.float64]) -> Any:
+    """These numbers where the array is."""
+    return namespace(array).asarray(numbers) if _is_array(array) else numbers
 
 
 def _leaves(thing: Any, path: str) -> list[tuple[str, NDArray[np.float64], Callable[[Any], Any]]]:
-    """Every float64 array of a structure: where it is, and how to put another in its place."""
-    if isinstance(thing, np.ndarray) and thing.dtype == np.float64:
-        return [(path, thing, lambda new: new)]
+    """Every float64 array of a structure, on the host: where it is, and how to put another in its place."""
+    if _is_array(thing) and thing.dtype == np.float64:
+        return [(path, to_numpy(thing), lambda new: _beside(thing, new))]
     if isinstance(thing, Mixer):
         parts: dict[Any, Any] = dict(zip(thing.shapes, thing.params, strict=True))
         return _branches(parts, path, ".{}", lambda new: thing.like(*new.values()))
@@ -215,11 +229,13 @@ def _branches(
     ]
 
 
-def _outputs(out: Any) -> list[Float]:
+def _parts(out: Any) -> list[Any]:
     parts = out if isinstance(out, tuple | list) else (out,)
-    return [
-        np.asarray(part.value if isinstance(part, Solution) else part, dtype=np.float64) for part in parts
-    ]
+    return [part.value if isinstance(part, Solution) else part for part in parts]
+
+
+def _outputs(out: Any) -> list[Float]:
+    return [np.asarray(to_numpy(p) if is_cupy(p) else p, dtype=np.float64) for p in _parts(out)]
 
 
 def _derivative(along: Callable[[float], list[Float]], step: float = 4e-3) -> list[Float]:

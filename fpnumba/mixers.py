@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from numpy.typing import NDArray
 
-from fpnumba.arrays import Array, Checked, check, declared_range, room
+from fpnumba.arrays import Array, Checked, check, declared_range
 
 __all__ = ["DPLR", "CustomKind", "Dense", "Fixed", "Householder", "Kronecker", "Mixer", "Monarch", "define"]
 
@@ -141,7 +141,7 @@ class Mixer:
         array([[2., 1.]])
         """
         call, params = self._call("x", x)
-        return call.back(room().mixers.apply(self.kind, params, call["x"]))
+        return call.back(call.room.mixers.apply(self.kind, params, call["x"]))
 
     def apply_transpose(self, y: Array, /) -> Array:
         """Mix channels with the transpose: ``x_t = Q_t^T y_t``.
@@ -163,7 +163,7 @@ class Mixer:
         array([[3., 2.]])
         """
         call, params = self._call("y", y)
-        return call.back(room().mixers.apply_transpose(self.kind, params, call["y"]))
+        return call.back(call.room.mixers.apply_transpose(self.kind, params, call["y"]))
 
     def to_dense(self) -> Array:
         """The matrices themselves.
@@ -211,10 +211,10 @@ class Mixer:
         """
         if isinstance(self.kind, CustomKind):
             call, dense = self._dense()
-            return self._back(call, room().mixers.contraction_bound("dense", (dense,)))
+            return self._back(call, call.room.mixers.contraction_bound("dense", (dense,)))
         call = check(self.arguments(""))
         return self._back(
-            call, room().mixers.contraction_bound(self.kind, tuple(call[p] for p in self.shapes))
+            call, call.room.mixers.contraction_bound(self.kind, tuple(call[p] for p in self.shapes))
         )
 
     def _dense(self) -> tuple[Checked, NDArray[Any]]:
@@ -223,7 +223,7 @@ class Mixer:
                 f"{self!r}: its parameters do not tell the number of channels, so it has no dense form"
             )
         call = check(self.arguments(""))
-        return call, room().mixers.to_dense(self.kind, tuple(call[p] for p in self.shapes), self.channels)
+        return call, call.room.mixers.to_dense(self.kind, tuple(call[p] for p in self.shapes), self.channels)
 
     def _back(self, call: Checked, result: NDArray[Any]) -> Array:
         """One matrix for all steps has no leading axes, in the room or outside."""
@@ -246,7 +246,9 @@ class _LowRank(Mixer):
         self.alpha_max = None if alpha_max is None else float(alpha_max)
         checked = self._keep(u, alpha)
         if self.alpha_max is not None:
-            declared_range("alpha", checked.view("alpha"), 0.0, self.alpha_max, f"alpha_max={self.alpha_max}")
+            bounds = 0.0, self.alpha_max, f"alpha_max={self.alpha_max}"
+            with checked.room.current():
+                declared_range("alpha", checked.view("alpha"), *bounds)
 
     @property
     def rank(self) -> int:
@@ -267,8 +269,8 @@ class DPLR(_LowRank):
     alpha : array (..., T, r)
         Strengths.
     alpha_max : float or None
-        ``alpha`` is declared to be in [0, alpha_max], and held to it here; None declares nothing. NaN is let
-        through: it is flagged by the solve, for its own sequence alone.
+        ``alpha`` is declared to be in [0, alpha_max], and held to it here, which waits for a GPU; None declares
+        nothing. NaN is let through: it is flagged by the solve, for its own sequence alone.
 
     Raises
     ------
@@ -304,8 +306,8 @@ class Householder(_LowRank):
     alpha : array (..., T, r)
         Strengths.
     alpha_max : float or None
-        ``alpha`` is declared to be in [0, alpha_max], and held to it here; None declares nothing. NaN is let
-        through.
+        ``alpha`` is declared to be in [0, alpha_max], and held to it here, which waits for a GPU; None declares
+        nothing. NaN is let through.
 
     Raises
     ------
@@ -483,8 +485,8 @@ def define(
     """Make a mixer class out of two functions for one step.
 
     The functions are plain Python, or compiled with ``numba.njit``; the CPU room compiles plain ones, and
-    inlines them in its solver loops. ``fpnumba.reference`` calls them as plain Python. docs/own-mixer.md is a
-    worked example.
+    inlines them in its solver loops, as the GPU room does with numba-cuda. ``fpnumba.reference`` calls them as
+    plain Python. docs/own-mixer.md is a worked example.
 
     Parameters
     ----------

@@ -8,12 +8,12 @@ import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import Array, Float
+from fpnumba.arrays import Array, Float, Later
 
 
 class Status(IntEnum):
@@ -96,7 +96,7 @@ class ConvergenceError(RuntimeError):
 
 
 class Solved(NamedTuple):
-    """A room's result, or that of `relax`: arrays with the axis of sequences first."""
+    """A room's result, or that of `relax`: arrays with the axis of sequences first, on a GPU those of CuPy."""
 
     value: Float
     iterations: NDArray[np.int64]
@@ -105,10 +105,18 @@ class Solved(NamedTuple):
     chunk_iterations: NDArray[np.int64]
 
 
+# What a solve has to say of itself
+_REPORTED = ("status", "iterations", "residual", "chunk_iterations", "history")
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """A fixed point and how it was found. All but `value` are NumPy arrays with one entry for each sequence,
     in the shape of the leading axes.
+
+    From a GPU each of them is fetched when it is first looked at, and that look waits for the device. A solver that
+    is to warn or to raise looks at `status` before the call returns; with ``on_failure="ignore"`` the call waits for
+    nothing.
 
     Attributes
     ----------
@@ -149,6 +157,26 @@ class Solution:
     chunk_iterations: NDArray[np.int64]
     history: NDArray[np.float64] | None = None
 
+    def __post_init__(self) -> None:
+        waiting = {name: self.__dict__[name] for name in _REPORTED if isinstance(self.__dict__[name], Later)}
+        if waiting:
+            for name in waiting:
+                object.__delattr__(self, name)
+            object.__setattr__(self, "_waiting", waiting)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is not there: not yet, or not at all
+        waiting = self.__dict__.get("_waiting", {})
+        if name in waiting:
+            object.__setattr__(self, name, waiting[name].fetch())
+            waiting.pop(name)
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("value", "method", *_REPORTED)}
+
     @property
     def converged(self) -> NDArray[np.bool_]:
         """Whether each sequence met the tolerance."""
@@ -186,12 +214,14 @@ def report(what: str, solution: Solution, on_failure: str, *, quantile: float | 
     ...     print(str(error).partition(". ")[0])
     fixed_point_rnn: 1 of 1 sequences did not converge
     """
+    if on_failure == "ignore":
+        return
     failed = ~solution.converged
     if quantile is not None:
         late = solution.status == Status.MAX_ITER
         if int((failed & late).sum()) <= (1 - quantile) * solution.status.size + 1e-9:
             failed &= ~late
-    if on_failure == "ignore" or not failed.any():
+    if not failed.any():
         return
     said = [f"{what}: {int(failed.sum())} of {failed.size} sequences did not converge."]
     for status in Status:

@@ -2,6 +2,9 @@
 
 A room iterates fastest on its own. When the whole batch has a say in when to stop, when step sizes change, or
 when iterates are extrapolated, the loop is this one, over any function that makes one iteration.
+
+Iterates stay where they are, on the CPU or on a GPU. What is decided is decided on the host, from a few numbers for
+each sequence: on a GPU, every iteration waits for them.
 """
 
 import math
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import Float
+from fpnumba.arrays import Float, namespace, to_numpy
 from fpnumba.outcome import Solved, Status
 from fpnumba.solve import Solver
 
@@ -28,7 +31,8 @@ def relax(
     ----------
     step : callable
         One iteration of all sequences, which must not depend on each other: (B, T, D) to (B, T, D).
-    start : ndarray (B, T, D)
+    start : array (B, T, D)
+        Of NumPy or of CuPy, in the dtype of the computation.
     solver : Solver
         Its method, chunk and `on_failure` are not looked at.
     finite_inputs : callable
@@ -37,6 +41,7 @@ def relax(
     Returns
     -------
     Solved
+        On the host, but for its value.
     history : ndarray (iterations, B)
         Residuals.
 
@@ -50,6 +55,7 @@ def relax(
     (array([10]), (10, 1))
     """
     published = solver.criterion == "published"
+    xp = namespace(start)
     h, count = start, start.shape[0]
     damping = np.full(count, float(solver.damping))
     patience = np.full(count, solver.damping_patience)
@@ -65,7 +71,7 @@ def relax(
         while moving.any() and len(history) < solver.max_iter:
             new = step(h)
             change = new - h
-            proposal = h + _column(damping.astype(h.dtype)) * change
+            proposal = h + _column(damping.astype(h.dtype), xp) * change
             current, now_met = _measure(proposal, new, change, solver)
             iterations[moving] += 1
             residual = np.where(moving, current, residual)
@@ -75,7 +81,7 @@ def relax(
             if accelerate is not None:
                 harmful = ~(residual <= _Anderson.TOLERATED * lowest)
                 proposal = accelerate(h, change, proposal, damping, forget=harmful | ~alive, rest=now_met)
-            h = np.where(_column(moving), proposal, h)
+            h = xp.where(_column(moving, xp), proposal, h)
             lowest = np.where(better, residual, lowest)
             patience = np.where(better, solver.damping_patience, patience - 1)
             tired = patience == 0
@@ -100,14 +106,15 @@ def _measure(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Residual of each sequence, and whether it meets the tolerance; section 7."""
     if solver.criterion == "published":
-        by_step = _largest(change, -1) / (_largest(new, -1) + 1e-8)
-        residual = by_step.max(axis=-1, initial=0.0).astype(np.float64)
+        by_step = largest(change, -1) / (largest(new, -1) + 1e-8)
+        residual = to_numpy(largest(by_step, -1)).astype(np.float64)
         return residual, residual < solver.rtol
-    largest = _largest(change, (-2, -1)).astype(np.float64)
-    size = _largest(h, (-2, -1)).astype(np.float64)
+    # One look at the device for both
+    both = namespace(h).stack((largest(change, (-2, -1)), largest(h, (-2, -1))))
+    moved, size = to_numpy(both).astype(np.float64)
     floor = 4 * float(np.finfo(h.dtype).eps) * size
-    met = largest <= np.maximum(solver.atol + solver.rtol * size, floor)
-    return largest / np.maximum(size, float(np.finfo(h.dtype).tiny)), met
+    met = moved <= np.maximum(solver.atol + solver.rtol * size, floor)
+    return moved / np.maximum(size, float(np.finfo(h.dtype).tiny)), met
 
 
 def _batch_done(
@@ -120,12 +127,18 @@ def _batch_done(
     return level < solver.rtol or float(damping[alive].max()) < SMALLEST_DAMPING
 
 
-def _largest(values: Float, axis: int | tuple[int, ...]) -> Float:
-    return np.abs(values).max(axis=axis, initial=0.0)  # type: ignore[no-any-return]
+def largest(values: Float, axis: int | tuple[int, ...]) -> Float:
+    """Largest magnitude along some axes, zero where they are empty; a NaN is larger than anything."""
+    xp = namespace(values)
+    if values.size == 0:  # CuPy's max has no initial value
+        axes = {a % values.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
+        return xp.zeros([n for a, n in enumerate(values.shape) if a not in axes], values.dtype)  # type: ignore[no-any-return]
+    return xp.abs(values).max(axis=axis)  # type: ignore[no-any-return]
 
 
-def _column(values: NDArray[Any]) -> NDArray[Any]:
-    return values[:, None, None]
+def _column(values: NDArray[Any], xp: Any) -> Float:
+    """One number for each sequence, from the host to where the sequences are."""
+    return xp.asarray(values)[:, None, None]  # type: ignore[no-any-return]
 
 
 class _Anderson:
@@ -140,8 +153,9 @@ class _Anderson:
 
     def __init__(self, h: Float, memory: int) -> None:
         count, size = h.shape[0], math.prod(h.shape[1:])
-        self._dh = np.zeros((count, memory, size), h.dtype)
-        self._dg = np.zeros((count, memory, size), h.dtype)
+        xp = namespace(h)
+        self._dh = xp.zeros((count, memory, size), h.dtype)
+        self._dg = xp.zeros((count, memory, size), h.dtype)
         self._last: tuple[Float, Float] | None = None
         self._slot = 0
 
@@ -156,15 +170,19 @@ class _Anderson:
         rest: NDArray[np.bool_],
     ) -> Float:
         """The next iterate; `plain`, the damped step, for a sequence with nothing to go by or one at rest."""
-        flat_h, flat_g = h.reshape(len(h), -1), g.reshape(len(g), -1)
+        xp = namespace(h)
+        flat_h, flat_g = h.reshape(self._dh.shape[::2]), g.reshape(self._dg.shape[::2])
         if self._last is not None:
             self._dh[:, self._slot] = flat_h - self._last[0]
             self._dg[:, self._slot] = flat_g - self._last[1]
             self._slot = (self._slot + 1) % self._dh.shape[1]
-        self._dh[forget], self._dg[forget] = 0.0, 0.0
+        if forget.any():
+            zero, which = h.dtype.type(0), _column(forget, xp)
+            self._dh, self._dg = xp.where(which, zero, self._dh), xp.where(which, zero, self._dg)
         self._last = flat_h, flat_g
-        gram = np.matmul(self._dg, self._dg.swapaxes(-1, -2)).astype(np.float64)
-        against = np.matmul(self._dg, flat_g[..., None]).astype(np.float64)
+        # The small systems are solved on the host
+        gram = to_numpy(xp.matmul(self._dg, self._dg.swapaxes(-1, -2))).astype(np.float64)
+        against = to_numpy(xp.matmul(self._dg, flat_g[..., None])).astype(np.float64)
         usable = (
             ~forget & ~rest & np.isfinite(gram).all(axis=(-1, -2)) & np.isfinite(against).all(axis=(-1, -2))
         )
@@ -174,7 +192,7 @@ class _Anderson:
         ridge = 10 * float(np.finfo(h.dtype).eps) * np.where(usable, trace, 1.0)
         gram = np.where(usable[:, None, None], gram + ridge[:, None, None] * eye, eye)
         gamma = np.linalg.solve(gram, np.where(usable[:, None, None], against, 0.0)).astype(h.dtype)
-        correction = self._dh + damping.astype(h.dtype)[:, None, None] * self._dg
-        accelerated = plain - np.matmul(gamma.swapaxes(-1, -2), correction).reshape(h.shape)
-        usable &= np.isfinite(accelerated).all(axis=(-1, -2))
-        return np.where(_column(usable), accelerated, plain)
+        correction = self._dh + _column(damping.astype(h.dtype), xp) * self._dg
+        accelerated = plain - xp.matmul(xp.asarray(gamma).swapaxes(-1, -2), correction).reshape(h.shape)
+        usable &= to_numpy(xp.isfinite(accelerated).all(axis=(-1, -2)))
+        return xp.where(_column(usable, xp), accelerated, plain)  # type: ignore[no-any-return]

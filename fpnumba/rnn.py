@@ -1,15 +1,15 @@
 """The fixed-point RNN with a vector state: sections 3 and 6 of docs/mathematics.md."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import Array, Checked, Float, Room, check, declared_range, room
+from fpnumba.arrays import Array, Checked, Float, Room, check, declared_range, namespace
 from fpnumba.mixers import DPLR, Householder, Mixer
 from fpnumba.outcome import Solution, Solved, Status, report
-from fpnumba.relax import relax
+from fpnumba.relax import largest, relax
 from fpnumba.solve import Adjoint, Solver
 
 
@@ -49,7 +49,8 @@ def fixed_point_rnn(
         Where the iteration starts; zero by default. From the solution itself it takes one iteration, the
         check. The direct way has no use for it.
     lam_bound : float, optional
-        Declares `lam` to be in [-lam_bound, lam_bound] and holds it to that, for one more read of `lam`.
+        Declares `lam` to be in [-lam_bound, lam_bound] and holds it to that, for one more read of `lam` (which waits
+        for a GPU).
     solver : Solver
         How to find the fixed point.
     adjoint : Adjoint
@@ -63,8 +64,8 @@ def fixed_point_rnn(
     Raises
     ------
     TypeError
-        For lists and numbers, for arrays of different kinds or dtypes, and for dtypes that are not floating
-        point.
+        For lists and numbers, for arrays of different kinds or dtypes or on different devices, and for dtypes that
+        are not floating point.
     ValueError
         For shapes that do not match, `lam` outside its bound, or a direct solve of a mixer that has none.
     ConvergenceError
@@ -160,10 +161,11 @@ class Problem:
         mixer.suits(call.sizes)
         if lam_bound is not None:
             bound = float(lam_bound)
-            declared_range("lam", call.view("lam"), -bound, bound, f"lam_bound={bound}")
+            with call.room.current():
+                declared_range("lam", call.view("lam"), -bound, bound, f"lam_bound={bound}")
         params = tuple(call[name] for name in mixer.arguments())
         arrays = (call["lam"], call.get("gate"), call["x"], call.get("initial"), call.get("guess"))
-        return cls(call, room(), mixer, params, *arrays)
+        return cls(call, call.room, mixer, params, *arrays)
 
     @property
     def rank(self) -> int | None:
@@ -173,60 +175,99 @@ class Problem:
     def solve(self, solver: Solver) -> tuple[Solution, Float]:
         """Solve (F), say so if that failed, and return the solution and the room's own ``h``."""
         way = solver.way(self.rank)
-        history: NDArray[np.float64] | None = None
-        arguments = (self.mixer.kind, self.params, self.lam, self.gate, self.x, self.initial)
         if solver.policies():
-            start = np.zeros_like(self.x) if self.guess is None else self.guess
-            solved, history = relax(
-                lambda h: self.room.solve.iterate(*arguments, h), start, solver, self.finite_inputs
-            )
+            solution, h = self.wide()._relaxed(solver, way)
         else:
-            solved = self.room.solve.solve(*arguments, self.guess, **_options(solver, solver, way))
-        solution = self._solution(solved, way, history)
+            arguments = (*self._system, self.x, self.initial, self.guess)
+            solved = self.room.solve.solve(*arguments, **_options(solver, solver, way))
+            solution, h = self._solution(solved, way, None), solved.value
         report("fixed_point_rnn", solution, solver.on_failure, quantile=solver.quantile)
-        return solution, solved.value
+        return solution, h
+
+    def _relaxed(self, solver: Solver, way: str) -> tuple[Solution, Float]:
+        """Solve with the iteration in hand."""
+        doors = self.room.solve
+        with self.room.current():
+            start = namespace(self.x).zeros_like(self.x) if self.guess is None else self.guess
+            solved, history = relax(
+                lambda h: doors.iterate(*self._system, self.x, self.initial, h),
+                start,
+                solver,
+                self.finite_inputs,
+            )
+            h = solved.value.astype(self.call.carried, copy=False)
+        return self._solution(solved, way, history), h
+
+    @property
+    def _system(self) -> tuple[Any, tuple[Float, ...], Float, Float | None]:
+        return self.mixer.kind, self.params, self.lam, self.gate
+
+    def wide(self) -> "Problem":
+        """The same in the dtype of the computation: for what takes several rounds through the doors of a room, so that
+        small storage does not round what is carried between them."""
+
+        def widen(a: Any) -> Any:
+            return None if a is None else a.astype(self.call.compute, copy=False)
+
+        if self.call.carried == self.call.compute:
+            return self
+        with self.room.current():
+            arrays = {name: widen(getattr(self, name)) for name in ("lam", "gate", "x", "initial", "guess")}
+            return replace(self, params=tuple(widen(p) for p in self.params), **arrays)
 
     def pull_back(
         self, h: Float, hbar: Float, solver: Solver, adjoint: Adjoint
     ) -> tuple[Any, Solution | None]:
         """The cotangents that the room finds for `hbar` at the solution `h`, and how (None for one step)."""
-        system = (self.mixer.kind, self.params, self.lam, self.gate)
+        if adjoint.method != "implicit":
+            return self.wide()._series(h, hbar, adjoint)
+        way = solver.adjoint_way(self.rank)
+        solved, bars = self.room.solve.rnn_pullback(
+            *self._system, self.x, self.initial, h, hbar, None, **_options(solver, adjoint, way)
+        )
+        solution = self._solution(solved, way, None)
+        report("the adjoint of fixed_point_rnn", solution, adjoint.on_failure)
+        return bars, solution
+
+    def _series(self, h: Float, hbar: Float, adjoint: Adjoint) -> tuple[Any, Solution | None]:
+        """Some terms of the series of the adjoint, and its gradient."""
         doors = self.room.solve
-        if adjoint.method == "implicit":
-            way = solver.adjoint_way(self.rank)
-            solved, bars = doors.rnn_pullback(
-                *system, self.x, self.initial, h, hbar, None, **_options(solver, adjoint, way)
-            )
-            solution = self._solution(solved, way, None)
-            report("the adjoint of fixed_point_rnn", solution, adjoint.on_failure)
-            return bars, solution
-        s = np.zeros_like(hbar)
-        for _ in range(1 if adjoint.terms is None else adjoint.terms + 1):
-            before, s = s, doors.iterate_adjoint(*system, hbar, s)
-        bars = doors.rnn_cotangents(*system, self.x, self.initial, h, s)
-        if adjoint.terms is None:
-            return bars, None
-        return bars, self._solution(_truncated(before, s, adjoint), "neumann", None)
+        with self.room.current():
+            h, hbar = (a.astype(self.call.compute, copy=False) for a in (h, hbar))
+            s = namespace(hbar).zeros_like(hbar)
+            for _ in range(1 if adjoint.terms is None else adjoint.terms + 1):
+                before, s = s, doors.iterate_adjoint(*self._system, hbar, s)
+            bars = doors.rnn_cotangents(*self._system, self.x, self.initial, h, s)
+            if adjoint.terms is None:
+                return bars, None
+            solved = _truncated(before, s, adjoint)
+        return bars, self._solution(solved, "neumann", None)
 
     def finite_inputs(self, b: int) -> bool:
         """Whether the inputs of sequence `b` are finite."""
+        xp = namespace(self.x)
         batched = [a for a in (self.lam, self.gate, self.x, self.initial, self.guess) if a is not None]
         whole = self.mixer.steps is None  # one matrix for all sequences
-        return all(bool(np.isfinite(a[b]).all()) for a in batched) and all(
-            bool(np.isfinite(p if whole else p[b]).all()) for p in self.params
+        return all(bool(xp.isfinite(a[b]).all()) for a in batched) and all(
+            bool(xp.isfinite(p if whole else p[b]).all()) for p in self.params
         )
 
     def _solution(self, solved: Any, way: str, history: NDArray[np.float64] | None) -> Solution:
-        lead = self.call.lead
-        return Solution(
-            value=self.call.back(solved.value),
-            status=solved.status.reshape(lead),
-            iterations=solved.iterations.reshape(lead),
-            residual=solved.residual.reshape(lead),
-            method=way,
-            chunk_iterations=solved.chunk_iterations.reshape(lead + solved.chunk_iterations.shape[1:]),
-            history=None if history is None else history.reshape((len(history), *lead)),
-        )
+        lead, chunks = self.call.lead, solved.chunk_iterations.shape[1:]
+
+        def told(array: Any, *rest: int) -> Any:
+            return self.room.for_the_host(array.reshape((*lead, *rest)))
+
+        with self.room.current():
+            return Solution(
+                value=self.call.back(solved.value),
+                status=told(solved.status),
+                iterations=told(solved.iterations),
+                residual=told(solved.residual),
+                method=way,
+                chunk_iterations=told(solved.chunk_iterations, *chunks),
+                history=None if history is None else history.reshape((len(history), *lead)),
+            )
 
 
 def _options(solver: Solver, tolerance: Solver | Adjoint, way: str) -> dict[str, Any]:
@@ -242,11 +283,13 @@ def _options(solver: Solver, tolerance: Solver | Adjoint, way: str) -> dict[str,
 
 def _truncated(before: Float, s: Float, adjoint: Adjoint) -> Solved:
     """What a truncated series has to say of itself: the size of its last term against the tolerance."""
-    change = np.abs(s - before).max(axis=(1, 2), initial=0.0).astype(np.float64)
-    size = np.abs(s).max(axis=(1, 2), initial=0.0).astype(np.float64)
-    status = np.where(change <= adjoint.atol + adjoint.rtol * size, Status.CONVERGED, Status.MAX_ITER)
-    status = np.where(np.isfinite(change), status, Status.DIVERGED).astype(np.int8)
+    xp = namespace(s)
+    change = largest(s - before, (1, 2)).astype(np.float64)
+    size = largest(s, (1, 2)).astype(np.float64)
+    converged = change <= adjoint.atol + adjoint.rtol * size
+    status = xp.where(converged, int(Status.CONVERGED), int(Status.MAX_ITER))
+    status = xp.where(xp.isfinite(change), status, int(Status.DIVERGED)).astype(np.int8)
     assert adjoint.terms is not None
-    counts = np.full(len(s), adjoint.terms + 1, np.int64)
-    residual = change / np.maximum(size, float(np.finfo(s.dtype).tiny))
+    counts = xp.full(len(s), adjoint.terms + 1, np.int64)
+    residual = change / xp.maximum(size, float(np.finfo(s.dtype).tiny))
     return Solved(s, counts, residual, status, counts[:, None].copy())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fpnumba.arrays import Array, Checked, check, room
+from fpnumba.arrays import Array, Checked, check
 
 
 def check_linear_scan(lam: Array, x: Array, initial: Array | None) -> Checked:
@@ -35,8 +35,8 @@ def linear_scan(lam: Array, x: Array, /, *, initial: Array | None = None, revers
     Raises
     ------
     TypeError
-        For lists and numbers, for arrays of different kinds or dtypes, and for dtypes that are not floating
-        point.
+        For lists and numbers, for arrays of different kinds or dtypes or on different devices, and for dtypes that
+        are not floating point.
     ValueError
         For shapes that do not match.
 
@@ -56,7 +56,7 @@ def linear_scan(lam: Array, x: Array, /, *, initial: Array | None = None, revers
     array([0.5, 1. , 2. , 4. ])
     """
     call = check_linear_scan(lam, x, initial)
-    h = room().scan.linear_scan(call["lam"], call["x"], call.get("initial"), reverse=bool(reverse))
+    h = call.room.scan.linear_scan(call["lam"], call["x"], call.get("initial"), reverse=bool(reverse))
     return call.back(h)
 
 
@@ -124,8 +124,8 @@ def selective_scan(
     Raises
     ------
     TypeError
-        For lists and numbers, for arrays of different kinds or dtypes, and for dtypes that are not floating
-        point.
+        For lists and numbers, for arrays of different kinds or dtypes or on different devices, and for dtypes that
+        are not floating point.
     ValueError
         For shapes that do not match, and for a number of heads that does not divide the channels.
 
@@ -146,7 +146,7 @@ def selective_scan(
     (2, 1)
     """
     call = check_selective_scan(x, delta, A, B, C, D, initial)
-    y, last = room().scan.selective_scan(*selective_arguments(call), call.get("D"), call.get("initial"))
+    y, last = call.room.scan.selective_scan(*selective_arguments(call), call.get("D"), call.get("initial"))
     return call.back(y), call.back(last)
 
 

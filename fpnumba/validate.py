@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fpnumba as fp
-from fpnumba.arrays import Room, use_room
+from fpnumba.arrays import Room, to_numpy, use_room
 from fpnumba.mixers import CustomKind
 
 Array = NDArray[Any]
@@ -91,6 +91,8 @@ class Row:
         The shape with the largest ratio of error to bound.
     failure : str
         What went wrong, if the primitive raised or did not converge.
+    absent : str
+        What the room says of a primitive that it does not have: that is no miss.
     """
 
     room: str
@@ -101,6 +103,7 @@ class Row:
     bound: float = 0.0
     worst: list[int] = field(default_factory=list)
     failure: str = ""
+    absent: str = ""
 
     @property
     def ratio(self) -> float:
@@ -116,7 +119,7 @@ class Row:
         """JSON-able."""
         known = {name: getattr(self, name) for name in ("room", "primitive", "dtype", "shapes", "worst")}
         finite = {name: _plain(getattr(self, name)) for name in ("error", "bound", "ratio")}
-        return {**known, **finite, "ok": self.ok, "failure": self.failure}
+        return {**known, **finite, "ok": self.ok, "failure": self.failure, "absent": self.absent}
 
 
 def _plain(value: float) -> float | str:
@@ -125,7 +128,15 @@ def _plain(value: float) -> float | str:
 
 def rooms_present() -> list[str]:
     """The rooms on this machine that are held to the reference."""
-    return ["cpu"]
+    return ["cpu"] if rooms_absent() else ["cpu", "gpu"]
+
+
+def rooms_absent() -> dict[str, str]:
+    """The rooms that this machine has not, and why."""
+    from fpnumba.gpu import absent
+
+    why = absent()
+    return {} if why is None else {"gpu": why}
 
 
 def run(
@@ -213,15 +224,19 @@ class _Reference:
 def _judge(row: Row, shape: Shape, case: Case, reference: _Reference) -> None:
     """Try one case and let the row remember the closest call."""
     row.shapes += 1
-    if row.failure or np.isnan(row.ratio):
+    if row.failure or row.absent or np.isnan(row.ratio):
         return
     truth = reference.truth(shape, case, row.dtype)
     usual = reference.errors(shape, case, row.dtype)
     eps, rtol = float(np.finfo(row.dtype).eps), RTOL[row.dtype]
+    args = _cast(case.args, row.dtype)
     try:
-        found = case.compute(Room(row.room), _cast(case.args, row.dtype), rtol)
+        found = _fetched(case.compute(Room(row.room), _mapped(args, _carrier(row.room)), rtol))
         _same_outputs(found, truth, row.dtype)
     except Exception as failure:
+        if isinstance(failure, NotImplementedError) and row.room == "gpu":
+            row.absent = str(failure).splitlines()[0]
+            return
         row.failure, row.worst = f"{type(failure).__name__}: {failure}".splitlines()[0], list(shape)
         row.error = float("nan")
         return
@@ -252,12 +267,25 @@ def _deviation(found: Array, true: Array) -> float:
 
 
 def _cast(args: Args, dtype: str) -> dict[str, Any]:
-    def cast(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cast(v) for v in value)
-        return value.astype(dtype) if isinstance(value, np.ndarray) else value
+    return _mapped(args, lambda array: array.astype(dtype))
 
-    return {name: cast(value) for name, value in args.items()}
+
+def _mapped(args: Args, change: Callable[[Array], Any]) -> dict[str, Any]:
+    def mapped(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(mapped(v) for v in value)
+        return change(value) if isinstance(value, np.ndarray) else value
+
+    return {name: mapped(value) for name, value in args.items()}
+
+
+def _carrier(room: str) -> Callable[[Array], Any]:
+    """What carries an array to where the room computes."""
+    return Room(room).xp.asarray  # type: ignore[no-any-return]
+
+
+def _fetched(outputs: Sequence[Any]) -> list[Array | None]:
+    return [None if a is None else to_numpy(a) for a in outputs]
 
 
 # --- the cases --------------------------------------------------------------------------------
@@ -437,7 +465,7 @@ def _solve_cases(
             else:
                 problem = (kind, a["params"], a["lam"], a["gate"], a["x"], a["initial"], None)
                 result = room.solve.solve(*problem, **how)
-            if np.any(result.status != 0):
+            if (result.status != 0).any():
                 raise RuntimeError(f"status {sorted(set(result.status.tolist()))}, expected all converged")
             return (result.value,)
 
@@ -547,6 +575,7 @@ def header(rows: Sequence[Row] = ()) -> str:
 def line(row: Row) -> str:
     """One verdict."""
     verdict = "ok" if row.ok else f"MISS at shape {tuple(row.worst)} {row.failure}".rstrip()
+    verdict = f"not in this room: {row.absent}" if row.absent else verdict
     return _WIDTHS.format(
         room=row.room,
         primitive=row.primitive,
@@ -561,5 +590,6 @@ def line(row: Row) -> str:
 
 def footer(rows: Sequence[Row]) -> str:
     """The verdict on everything."""
-    missed = sum(not row.ok for row in rows)
-    return f"{len(rows)} rows, " + ("all within their bounds" if not missed else f"{missed} MISSED")
+    missed, absent = sum(not row.ok for row in rows), sum(bool(row.absent) for row in rows)
+    said = "all within their bounds" if not missed else f"{missed} MISSED"
+    return f"{len(rows)} rows, {said}" + (f", {absent} not in their room" if absent else "")

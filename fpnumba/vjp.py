@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from fpnumba.arrays import Array, Checked, Float, room
+from fpnumba.arrays import Array, Checked, Float
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import Problem, fixed_point_rnn
 from fpnumba.scan import (
@@ -157,7 +155,8 @@ def _linear_scan(
     lam: Array, x: Array, /, *, initial: Array | None = None, reverse: bool = False
 ) -> tuple[Array, Pullback]:
     """Section 1: the same scan, the other way."""
-    call, scan = check_linear_scan(lam, x, initial), room().scan
+    call = check_linear_scan(lam, x, initial)
+    scan = call.room.scan
     lam_, initial_ = call["lam"], call.get("initial")
     h = scan.linear_scan(lam_, call["x"], initial_, reverse=bool(reverse))
     out = call.back(h)
@@ -185,7 +184,8 @@ def _selective_scan(
     initial: Array | None = None,
 ) -> tuple[tuple[Array, Array], Pullback]:
     """Section 1; the states are computed again on the way back."""
-    call, scan = check_selective_scan(x, delta, A, B, C, D, initial), room().scan
+    call = check_selective_scan(x, delta, A, B, C, D, initial)
+    scan = call.room.scan
     arguments = (*selective_arguments(call), call.get("D"), call.get("initial"))
     out = tuple(call.back(part) for part in scan.selective_scan(*arguments))
 
@@ -193,7 +193,7 @@ def _selective_scan(
         if not isinstance(out_bar, tuple | list) or len(out_bar) != 2:
             raise TypeError("argument `out_bar`: expected a pair, the cotangents of (y, last_state)")
         bars = (
-            np.zeros((call.batch, *part.shape[len(call.lead) :]), call.compute)
+            call.zeros((call.batch, *part.shape[len(call.lead) :]))
             if bar is None
             else call.take(f"out_bar[{i}]", bar, part.shape)
             for i, (bar, part) in enumerate(zip(out_bar, out, strict=True))
@@ -258,7 +258,7 @@ def _fixed_point_rnn(
 def _apply(mixer: Mixer, x: Array, /) -> tuple[Array, Pullback]:
     """``x_bar = Q^T y_bar``."""
     call, params = mixer._call("x", x)
-    doors, x_ = room().mixers, call["x"]
+    doors, x_ = call.room.mixers, call["x"]
     out = call.back(doors.apply(mixer.kind, params, x_))
 
     def pullback(out_bar: Array) -> Cotangents:
@@ -274,7 +274,7 @@ def _apply(mixer: Mixer, x: Array, /) -> tuple[Array, Pullback]:
 def _apply_transpose(mixer: Mixer, y: Array, /) -> tuple[Array, Pullback]:
     """``<x_bar, Q^T y> = <Q x_bar, y>``: the cotangents of ``apply`` with the two vectors exchanged."""
     call, params = mixer._call("y", y)
-    doors, y_ = room().mixers, call["y"]
+    doors, y_ = call.room.mixers, call["y"]
     out = call.back(doors.apply_transpose(mixer.kind, params, y_))
 
     def pullback(out_bar: Array) -> Cotangents:
@@ -291,18 +291,22 @@ def _to_dense(mixer: Mixer, /) -> tuple[Array, Pullback]:
     """Column ``j`` of ``Q`` is ``Q e_j``: the sum of the cotangents of these products."""
     call, dense = mixer._dense()
     params = tuple(call[name] for name in mixer.shapes)
-    doors, out = room().mixers, mixer._back(call, dense)
+    doors, out = call.room.mixers, mixer._back(call, dense)
     # One matrix that serves all steps is applied to one step of one sequence.
     steps = (call.batch, mixer.steps) if mixer.steps is not None else (1, 1)
 
     def pullback(out_bar: Array) -> Cotangents:
         bar = call.take("out_bar", out_bar, out.shape).reshape(*steps, *dense.shape[-2:])
-        params_bar = [np.zeros_like(p) for p in params]
-        for j, unit in enumerate(np.eye(dense.shape[-1], dtype=dense.dtype)):
-            x = np.ascontiguousarray(np.broadcast_to(unit, (*steps, len(unit))))
-            column = np.ascontiguousarray(bar[..., j])
-            for total, part in zip(params_bar, doors.cotangent(mixer.kind, params, x, column), strict=True):
-                total += part
+        xp = call.room.xp
+        with call.room.current():
+            params_bar = [xp.zeros(p.shape, call.compute) for p in params]
+            for j, unit in enumerate(xp.eye(dense.shape[-1], dtype=call.compute).astype(dense.dtype)):
+                x = xp.ascontiguousarray(xp.broadcast_to(unit, (*steps, len(unit))))
+                column = xp.ascontiguousarray(bar[..., j])
+                for total, part in zip(
+                    params_bar, doors.cotangent(mixer.kind, params, x, column), strict=True
+                ):
+                    total += part
         return Cotangents((_mixer_bar(call, mixer, params_bar),))
 
     return out, pullback

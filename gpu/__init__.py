@@ -1,11 +1,35 @@
-"""The GPU room, still empty: this version of fpnumba has no GPU kernels.
+"""The GPU room: CUDA kernels on CuPy arrays, behind the doors of `fpnumba.reference` and `fpnumba.cpu`.
 
-Its doors (``scan``, ``mixers``, ``solve``) will be the ones of `fpnumba.reference` and `fpnumba.cpu`. Until
-then asking for one raises `NotImplementedError`, and arrays on a GPU are refused wherever they arrive:
-nothing is ever moved to the CPU behind the caller's back.
+The doors (``scan``, ``mixers``, ``solve``) are opened when they are first asked for; CuPy, a driver and a device are
+looked for at the first call, and what is missing is said then. `engine` tells which kind of kernel was asked for by
+name.
 """
 
-MESSAGE = (
-    "this version of fpnumba has no GPU kernels, so CuPy arrays and other arrays on a GPU are refused; "
-    "move them to the CPU first (cupy.asnumpy(x), x.cpu(), jax.device_get(x))"
-)
+import importlib
+from typing import Any
+
+from fpnumba.gpu._engine import ENGINES, engine, use_engine
+
+__all__ = ["ENGINES", "absent", "engine", "mixers", "scan", "solve", "use_engine"]
+
+_DOORS = ("mixers", "scan", "solve")
+
+
+def absent() -> str | None:
+    """Why this machine has no GPU room, in one sentence; None if it has one.
+
+    Examples
+    --------
+    >>> import fpnumba.gpu
+    >>> fpnumba.gpu.absent() is None or isinstance(fpnumba.gpu.absent(), str)
+    True
+    """
+    from fpnumba.gpu import _host
+
+    return _host.absent()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return importlib.import_module(f"fpnumba.gpu.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

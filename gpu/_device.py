@@ -81,11 +81,13 @@ MISSING = (
 
 _lock = threading.Lock()
 _loaded: dict[tuple[int, Kernel], Any] = {}
+_allowed: dict[tuple[int, Kernel], int] = {}  # dynamic shared memory that a kernel was allowed beyond 48 KiB
 
 
-def _function(kernel: Kernel) -> Any:
+def _function(kernel: Kernel, shared: int) -> Any:
+    """The kernel on the current device, allowed so much shared memory."""
     cupy = xp()
-    key = (cupy.cuda.Device().id, kernel)
+    key = (current(), kernel)
     found = _loaded.get(key)
     if found is None:
         with _lock:
@@ -98,17 +100,20 @@ def _function(kernel: Kernel) -> Any:
                 )
                 found = module.get_function(kernel.function)
                 _loaded[key] = found
+    if shared > _allowed.get(key, 48 * 1024):
+        found.max_dynamic_shared_size_bytes = shared
+        _allowed[key] = shared
     return found
 
 
 def loaded() -> list[Kernel]:
     """The kernels that this process has compiled or loaded so far, on the current device."""
-    device = xp().cuda.Device().id
+    device = current()
     return [kernel for at, kernel in _loaded if at == device]
 
 
 def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0) -> None:
-    """Launch on the current stream.
+    """Launch on the current stream of the current device.
 
     Parameters
     ----------
@@ -122,9 +127,7 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
     """
     if blocks == 0:
         return
-    function = _function(kernel)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
+    function = _function(kernel, shared)
     given = tuple(np.uint64(0) if a is None else a for a in arguments)
     function((blocks,), (threads,), given, shared_mem=shared)
 
@@ -132,6 +135,11 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
 def address(array: Any) -> int:
     """Where an array begins in memory."""
     return int(array.ctypes.data) if isinstance(array, np.ndarray) else int(array.data.ptr)
+
+
+def current() -> int:
+    """The number of the current device."""
+    return int(xp().cuda.Device().id)
 
 
 def multiprocessors() -> int:
@@ -142,9 +150,7 @@ def multiprocessors() -> int:
 def resident(kernel: Kernel, threads: int, *, shared: int = 0) -> int:
     """How many blocks of this kernel the device holds at once: the most that a cooperative launch may have."""
     driver = xp().cuda.driver
-    function = _function(kernel)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
+    function = _function(kernel, shared)
     each = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
     return int(each) * multiprocessors()
 

@@ -1,5 +1,6 @@
 """What kernels say of a solve, and how it becomes the room's result: without asking the host."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,18 @@ def blank(batch: int, chunks: int, parts: int = 1, *, written: bool = False) -> 
 
 def store(dtype: Any) -> str:
     """How the kernels call a storage dtype, or the name of one."""
-    return _device.STORES[dtype if isinstance(dtype, str) else np.dtype(dtype).name]
+    return _device.STORES[dtype if isinstance(dtype, str) else _shapes.name(dtype)]
+
+
+@cache
+def _kernel(name: str) -> _device.Kernel:
+    return _device.Kernel.of("report.cu", "report", {"STORE": name})
+
+
+@cache
+def _limits(dtype: Any) -> tuple[np.float64, np.float64]:
+    limits = np.finfo(dtype)
+    return np.float64(limits.eps), np.float64(limits.tiny)
 
 
 def summary(
@@ -80,7 +92,7 @@ def summary(
     """
     xp = _device.xp()
     batch, chunks = report.counts.shape
-    limits = np.finfo(_shapes.real(value.dtype))
+    eps, tiny = _limits(_shapes.real(value.dtype))
     solved = Solved(
         value,
         xp.empty(batch, np.int64),
@@ -93,22 +105,21 @@ def summary(
         count = array.size if every else array.size // max(batch, 1)
         table += [array, np.int64(-count if every else count)]
     table += [None, np.int64(0)] * (FIELDS - len(table) // 2)
-    kernel = _device.Kernel.of("report.cu", "report", {"STORE": store(value.dtype)})
     arguments = (
         *(report.counts, np.int64(chunks), report.change, report.scale, report.rcond, report.state),
         *(
             np.int32(report.change.shape[1]),
             np.int32(direct),
-            np.float64(limits.eps),
-            np.float64(limits.tiny),
+            eps,
+            tiny,
         ),
         *(solved.iterations, solved.residual, solved.status, solved.chunk_iterations),
         *table,
     )
-    _device.launch(kernel, batch, 256, arguments, shared=16)
+    _device.launch(_kernel(store(value.dtype)), batch, 256, arguments, shared=16)
     return solved
 
 
 def representative() -> list[_device.Kernel]:
     """The kernels that are compiled where there is no device."""
-    return [_device.Kernel.of("report.cu", "report", {"STORE": name}) for name in _device.STORES.values()]
+    return [_kernel(name) for name in _device.STORES.values()]

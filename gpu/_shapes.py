@@ -1,6 +1,7 @@
 """Shape classes: how many channels a thread takes at once, how many threads and blocks."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,25 @@ from fpnumba.gpu import _device
 ACCESS = 16
 
 
+@cache
+def name(dtype: Any) -> str:
+    """The name of a dtype."""
+    return np.dtype(dtype).name
+
+
 def each(dim: int, *arrays: Any) -> int:
     """Neighbouring channels that one access can move in all of `arrays`, whose rows have `dim` channels.
 
     A power of two that divides `dim`, at most 16 bytes, and such that every array begins at a multiple of it.
     """
-    size = arrays[0].dtype.itemsize
-    addresses = [_device.address(a) for a in arrays if a is not None]
+    size, begin = arrays[0].dtype.itemsize, 0
+    for array in arrays:
+        if array is not None:
+            begin |= _device.address(array)
     width = ACCESS // size
-    while width > 1 and (dim % width or any(at % (width * size) for at in addresses)):
+    while width > 1 and (dim % width or begin % (width * size)):
         width //= 2
-    return width
+    return int(width)
 
 
 def threads(dim: int, width: int, most: int) -> int:

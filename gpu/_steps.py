@@ -4,6 +4,7 @@
 device. Everything crosses memory once, however many iterations a step needs.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,13 +62,14 @@ class Layout(NamedTuple):
     shared: int
 
 
+@lru_cache(1024)
 def layout(step: Step, dim: int, width: int) -> Layout:
     """Lay out a step of `dim` channels, `width` of them to an access, over the fewest blocks that have room for it."""
     size = 2 if step.dtype in ("float16", "bfloat16") else np.dtype(step.dtype).itemsize
     real = 8 if step.dtype == "float64" else 4
     totals = step.totals()
     most = 1024 if step.rank == 1 else 512
-    for cluster, limit in ((1, most), (2, most), (4, most), (8, most), (8, most // 2)):
+    for cluster, limit in ((1, most), (2, most), (4, most), (8, most), (8, most // 2), (8, most // 4)):
         channels = -(-dim // cluster)
         accesses = 1
         while -(-channels // (width * accesses)) > limit:
@@ -102,8 +104,14 @@ def layout(step: Step, dim: int, width: int) -> Layout:
 
 def _pick(step: Step, like: Array, others: tuple[Array | None, ...]) -> tuple[Layout, int]:
     """The kernel for these arrays, and into how many segments of time it cuts a sequence."""
-    batch, steps, dim = like.shape
-    width = _shapes.each(dim, like, *others)
+    width = _shapes.each(like.shape[2], like, *others)
+    return _plan(step, like.shape, width, _device.current())
+
+
+@lru_cache(1024)
+def _plan(step: Step, shape: tuple[int, int, int], width: int, device: int) -> tuple[Layout, int]:
+    """The same for a shape, on a device."""
+    batch, steps, dim = shape
     whole = layout(step, dim, width)
     wanted = BLOCKS_EACH * _device.multiprocessors() // max(batch * whole.cluster, 1)
     segments = min(wanted, steps // SHORTEST_SEGMENT)
@@ -167,7 +175,7 @@ def solve(
     batch, steps, dim = source.shape
     rank = u.shape[2]
     value = _shapes.empty_like(source)
-    name = np.dtype(source.dtype).name
+    name = _shapes.name(source.dtype)
     step = Step(
         *("solve_steps", name, rank, kind == "householder", (("ADJOINT", int(adjoint)),)),
         *(gate is not None, direct, False),
@@ -224,7 +232,7 @@ def pull(
     gate_bar = None if gate is None else _shapes.empty_like(x)
     initial_bar = xp.zeros((batch, dim), x.dtype)
     arrays = (lam, gate, u, initial, h, top, value, lam_bar, gate_bar, x_bar, u_bar, initial_bar)
-    name = np.dtype(x.dtype).name
+    name = _shapes.name(x.dtype)
     step = Step(
         *("pull_steps", name, rank, kind == "householder", (("GIVEN", int(given)),)),
         *(gate is not None, direct, False),

@@ -4,6 +4,7 @@ One pass over memory where there are channels enough for the device; otherwise t
 ``kernels/scan.cu``.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -47,10 +48,17 @@ def _kernel(
     return _device.Kernel.of("scan.cu", function, macros, cooperative=split)
 
 
-def _plan(function: str, like: Array, arrays: tuple[Array, ...], reverse: bool, rows: int) -> _Walk:
-    batch, steps, dim = like.shape
-    width = _shapes.each(dim, like, *arrays)
-    size = like.dtype.itemsize
+def _pick(function: str, like: Array, arrays: tuple[Array, ...], reverse: bool, rows: int) -> _Walk:
+    width = _shapes.each(like.shape[2], like, *arrays)
+    return _plan(function, _shapes.name(like.dtype), like.shape, width, reverse, rows, _device.current())
+
+
+@lru_cache(1024)
+def _plan(
+    function: str, dtype: str, shape: tuple[int, int, int], width: int, reverse: bool, rows: int, device: int
+) -> _Walk:
+    batch, steps, dim = shape
+    size = 2 if dtype in ("float16", "bfloat16") else np.dtype(dtype).itemsize
     wanted = BUSY * _device.multiprocessors()
 
     def parts() -> int:
@@ -63,11 +71,11 @@ def _plan(function: str, like: Array, arrays: tuple[Array, ...], reverse: bool, 
     shared = STAGES * rows * threads * width * size
     segments = min(parts(), steps // SHORTEST_SEGMENT)
     if segments > 1:
-        kernel = _kernel(function, like.dtype, width, threads, STAGES, reverse, True)
+        kernel = _kernel(function, dtype, width, threads, STAGES, reverse, True)
         segments = min(segments, _device.resident(kernel, threads, shared=shared) // (batch * groups))
         if segments > 1:
             return _Walk(kernel, threads, groups, segments, shared)
-    kernel = _kernel(function, like.dtype, width, threads, STAGES, reverse, False)
+    kernel = _kernel(function, dtype, width, threads, STAGES, reverse, False)
     return _Walk(kernel, threads, groups, 1, shared)
 
 
@@ -100,7 +108,7 @@ def linear_scan(lam: Array, x: Array, initial: Array | None = None, reverse: boo
     """
     batch, steps, dim = x.shape
     h = _shapes.empty_like(x)
-    walk = _plan("scan", x, (lam, initial, h), reverse, 2)
+    walk = _pick("scan", x, (lam, initial, h), reverse, 2)
     sizes = (np.int64(steps), np.int32(dim), np.int32(walk.segments), np.int32(walk.groups))
     arguments = (lam, x, initial, h, *sizes, *_between(walk, batch, dim, x.dtype))
     if x.size:
@@ -137,7 +145,7 @@ def linear_scan_vjp(
     batch, steps, dim = h.shape
     lam_bar, x_bar = _shapes.empty_like(h), _shapes.empty_like(h)
     initial_bar = _device.xp().zeros((batch, dim), h.dtype)
-    walk = _plan("scan_vjp", h, (lam, initial, hbar, lam_bar, x_bar), reverse, 3)
+    walk = _pick("scan_vjp", h, (lam, initial, hbar, lam_bar, x_bar), reverse, 3)
     sizes = (np.int64(steps), np.int32(dim), np.int32(walk.segments), np.int32(walk.groups))
     outputs = (lam_bar, x_bar, initial_bar)
     arguments = (lam, h, initial, hbar, *outputs, *sizes, *_between(walk, batch, dim, h.dtype))

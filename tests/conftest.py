@@ -1,6 +1,7 @@
 """Profiles and fixtures shared by the whole suite.
 
-The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder.
+The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder. ``--room gpu`` runs the
+cases of that room and nothing else.
 """
 
 import os
@@ -9,13 +10,34 @@ from typing import Any, NamedTuple
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
-# JAX on the CPU only, whatever else the machine has: these tests are about exchange of arrays.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX must not take most of a GPU's memory for itself
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
+from hall import ABSENT
+
+# On a machine with a GPU its arrays are exchanged as well; elsewhere JAX need not look for one.
+if ABSENT is not None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--room", action="append", metavar="ROOM", help="only the cases of this room (repeatable)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--room")
+    if wanted:
+        room = {item: getattr(item, "callspec", None) for item in items}
+        kept = [i for i in items if (spec := room[i]) is not None and spec.params.get("room") in wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
 
 hypothesis.settings.register_profile(
     "quick",

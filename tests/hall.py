@@ -1,13 +1,93 @@
-"""The hall over any room: the canonical problems of `strategies` as arguments of the public functions."""
+"""The hall over any room: the canonical problems of `strategies` as arguments of the public functions.
 
+A test takes its rooms from `ROOMS` and runs inside `in_room`: NumPy arrays go in and NumPy arrays come out, whatever
+the room. For the GPU room they are carried to the device and back at the one place where the hall looks at what it was
+given, so that everything behind that place is as it is for CuPy arrays.
+
+Without a device the cases of the GPU room are skipped, unless FPNUMBA_PRETEND_GPU is set: then `pretend` stands in for
+the device. With "1" the doors are the reference's, and what is tested is the hall alone; with "simt" they are the real
+ones, whose kernels run on the CPU, slowly.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pretend
+import pytest
 from strategies import RING, RING_WITHOUT_TRANSPOSE, OwnMixer, Problem
 
 import fpnumba as fp
+from fpnumba.gpu import absent
+from fpnumba.interop import numpy as at_home
 
-ROOMS = ("reference", "cpu")
+# Why there is no device here, or None
+ABSENT = absent()
+PRETEND = None if ABSENT is None else os.environ.get("FPNUMBA_PRETEND_GPU")
+# Left out, and counted, where there is no device: see conftest
+ROOMS = ("reference", "cpu", pytest.param("gpu", marks=[] if PRETEND else pytest.mark.gpu))
+# The GPU room has no selective_scan
+SCANNING = ROOMS[:2]
+
+
+def to_room(array: Any) -> Any:
+    """Carry an array of NumPy to the GPU room."""
+    xp, native = fp.arrays._gpu().xp(), array.dtype.newbyteorder("=")
+    if xp is np:  # the device is pretended
+        return np.require(array, native, ["ALIGNED"])
+    return xp.asarray(np.ascontiguousarray(array, native))
+
+
+def to_numpy(array: Any) -> Any:
+    """Carry an array back."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+class _Carrier:
+    """Exchanges NumPy arrays with the GPU room where `use_room` asks for it; nothing is exchanged elsewhere."""
+
+    dtype_name = staticmethod(at_home.dtype_name)
+
+    @staticmethod
+    def take(array: Any) -> Any:
+        return to_room(array) if fp.arrays._room.get() == "gpu" else at_home.take(array)
+
+    @staticmethod
+    def give(result: Any, like: Any) -> Any:
+        return at_home.give(to_numpy(result), like)
+
+
+_look, _neighbour = fp.arrays._look, fp.arrays.neighbour
+
+
+def _look_and_carry(argument: str, array: Any) -> tuple[str, int | None]:
+    kind, device = _look(argument, array)
+    return kind, 0 if kind == "numpy" and fp.arrays._room.get() == "gpu" else device
+
+
+@contextmanager
+def in_room(room: str) -> Iterator[None]:
+    """Let that room serve the calls of a block, on NumPy arrays."""
+    with ExitStack() as stack:
+        if room == "gpu":
+            if PRETEND:
+                stack.enter_context(pretend.device(kernels=PRETEND == "simt"))
+            stack.enter_context(carried())
+        stack.enter_context(fp.arrays.use_room(room))
+        yield
+
+
+@contextmanager
+def carried() -> Iterator[None]:
+    """Carry NumPy arrays to the GPU room and back, inside `use_room`."""
+    neighbour = {"numpy": _Carrier}
+    carry = {"_look": _look_and_carry, "neighbour": lambda kind: neighbour.get(kind) or _neighbour(kind)}
+    with patch.multiple(fp.arrays, **carry):
+        yield
+
 
 _CLASSES: dict[Any, type[fp.mixers.Mixer]] = {
     "dplr": fp.mixers.DPLR,
@@ -62,6 +142,16 @@ def ways(p: Problem, room: str) -> list[fp.Solver]:
     if room == "reference" or p.kind in ("dplr", "householder"):
         found.append(fp.Solver("direct"))
     return found
+
+
+def assert_same(actual: Any, desired: Any, room: str) -> None:
+    """Equal to the last bit, or on a GPU, where sums go another way, to a few units in the last place."""
+    if room != "gpu":
+        np.testing.assert_array_equal(actual, desired)
+        return
+    eps = 2.0**-7 if actual.dtype.name == "bfloat16" else float(np.finfo(actual.dtype).eps)
+    assert actual.dtype == desired.dtype
+    assert_close(actual.astype(np.float64), desired.astype(np.float64), 4 * eps)
 
 
 def assert_close(actual: Any, desired: Any, rtol: float) -> None:

@@ -85,14 +85,42 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == info.gather()
-    assert facts["rooms"]["gpu"].startswith("absent")
+    absent = facts["gpu"]["absent"]
+    assert facts["rooms"]["gpu"].startswith("CUDA, " if absent is None else f"absent: {absent}")
+    assert ("GPU 0" in out) is (absent is None)
     assert facts["cpu"]["threads"] >= 1
 
 
 def test_info_names_the_command_for_what_is_missing() -> None:
     facts = info.gather()
-    facts["versions"]["tqdm"] = None
+    facts["versions"]["tqdm"] = facts["versions"]["cupy"] = None
     assert 'pip install "fpnumba[train]"' in info.text(facts)
+    assert 'pip install "fpnumba[cuda13]"' in info.text(facts)
+
+
+def test_info_describes_a_device() -> None:
+    facts = info.gather()
+    device = {"index": 0, "name": "Some GPU", "compute_capability": "9.0", "memory": 80 * 2**30}
+    facts["gpu"] = {
+        "absent": None,
+        "devices": [device],
+        "driver": "13.0",
+        "runtime": "12.9",
+        "kernels": [],
+        "cache": {"folder": "/somewhere", "bytes": None},
+    }
+    said = info.text(facts)
+    for expected in (
+        "Some GPU, compute capability 9.0, 80 GiB",
+        "driver 13.0, runtime 12.9",
+        "none (compiled or loaded by this process)",
+        "/somewhere, nothing yet (CUPY_CACHE_DIR moves it)",
+    ):
+        assert expected in said
+    facts["gpu"]["kernels"] = ["scan of scan.cu"]
+    facts["gpu"]["cache"]["bytes"] = 3 * 2**20
+    assert "scan of scan.cu (" in info.text(facts)
+    assert "/somewhere, 3.0 MiB" in info.text(facts)
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------

@@ -262,9 +262,14 @@ def test_zero_cotangent_gives_exactly_zero(gpu_room: Any) -> None:
             assert not np.asarray(gpu_room.get(bar)).any()
 
 
-def test_a_cluster_of_blocks_shares_a_wide_step(gpu_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_of_blocks_shares_a_wide_step(
+    gpu_room: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     if gpu_room.name == "simt":  # a small step that is made to look large
         monkeypatch.setattr(_steps, "SHARED_MOST", 40 * 1024)
+        for kept in (_steps.layout, _steps._plan):
+            kept.cache_clear()
+            request.addfinalizer(kept.cache_clear)
         dim = 256
     else:
         dim = 8192

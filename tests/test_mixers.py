@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hall import ROOMS, Ring, assert_close, mixer_of
+from hall import ROOMS, Ring, assert_close, in_room, mixer_of
 from hypothesis import given
 from strategies import KINDS, RING, RING_WITHOUT_TRANSPOSE, Problem, problem, problems
 
@@ -21,7 +21,7 @@ rooms = pytest.mark.parametrize("room", ROOMS)
 def test_they_are_their_matrices(room: str, p: Problem) -> None:
     mixer = mixer_of(p)
     dim = p.x.shape[-1]
-    with fp.arrays.use_room(room):
+    with in_room(room):
         q = np.broadcast_to(mixer.to_dense(), (*p.x.shape, dim))
         assert_close(mixer.apply(p.x), np.einsum("...ij,...j->...i", q, p.x), 1e-13)
         assert_close(mixer.apply_transpose(p.x), np.einsum("...ij,...i->...j", q, p.x), 1e-13)
@@ -47,7 +47,7 @@ def test_definitions(room: str) -> None:
         fp.mixers.Kronecker(k1, k2): eye - np.kron(k1[0], k2[0]),
         fp.mixers.Monarch(blocks, strengths): eye - block,
     }
-    with fp.arrays.use_room(room):
+    with in_room(room):
         for mixer, q in expected.items():
             assert_close(mixer.to_dense()[0], q, 1e-14)
 
@@ -167,7 +167,7 @@ def test_own_mixer_without_channels_in_its_shapes(room: str) -> None:
     mixer = Scale(np.full((3, 1), 0.75))  # type: ignore[call-arg]
     assert mixer.channels is None
     x = np.ones((2, 3, 5))
-    with fp.arrays.use_room(room):
+    with in_room(room):
         np.testing.assert_array_equal(mixer.apply(x), 0.75 * x)
         assert fp.check_adjoint(Scale.apply, mixer, x).passed
         for method in (mixer.to_dense, mixer.contraction_bound):
@@ -197,5 +197,5 @@ def test_the_worked_example_of_the_documentation(room: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) >= 5
     code = compile("\n".join(blocks), "docs/own-mixer.md", "exec")
-    with fp.arrays.use_room(room):
+    with in_room(room):
         exec(code, {"__name__": "own_mixer"})

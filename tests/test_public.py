@@ -31,7 +31,7 @@ def test_examples_run(room: str, name: str) -> None:
 def _documented() -> list[Any]:
     from_mixers = [getattr(fp.mixers, n) for n in fp.mixers.__all__]
     methods = [getattr(fp.mixers.Mixer, n) for n in METHODS]
-    of_arrays = [fp.arrays.room, fp.arrays.use_room, fp.arrays.kind_of, fp.arrays.check]
+    of_arrays = [getattr(fp.arrays, n) for n in ("room", "use_room", "use_engine", "kind_of", "check")]
     return [*(getattr(fp, n) for n in NAMES), *from_mixers, *methods, *of_arrays]
 
 
@@ -43,7 +43,7 @@ def test_every_public_name_is_documented_with_an_example(thing: Any) -> None:
         parameters = [p for p in inspect.signature(thing).parameters if p != "self"]
         for parameter in parameters:
             assert parameter in text, f"{parameter} is not described"
-        assert "Returns\n-------" in text or thing.__name__ == "use_room"
+        assert "Returns\n-------" in text or thing.__name__ in ("use_room", "use_engine")
 
 
 def test_the_contract() -> None:

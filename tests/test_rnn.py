@@ -6,7 +6,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hall import ROOMS, TIGHT, assert_close, dense_solve, dense_system, extras, inputs, mixer_of, ways
+from hall import (
+    ROOMS,
+    TIGHT,
+    assert_close,
+    assert_same,
+    dense_solve,
+    dense_system,
+    extras,
+    in_room,
+    inputs,
+    mixer_of,
+    ways,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, RING, Problem, problem, problems, seeds
@@ -27,7 +39,7 @@ def _solver(method: str, **options: object) -> fp.Solver:
 @given(problems(kinds=ALL))
 def test_all_ways_give_the_dense_solution(room: str, p: Problem) -> None:
     dense = dense_solve(*dense_system(p), p)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         for solver in ways(p, room):
             solution = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver)
             assert solution.method == solver.method
@@ -40,7 +52,7 @@ def test_all_ways_give_the_dense_solution(room: str, p: Problem) -> None:
 def test_direct_reaches_beyond_contraction(room: str, p: Problem) -> None:
     # alpha near 2: the iteration would diverge, the solution exists
     p = replace(p, lam=0.6 + 0.35 * p.lam)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         solution = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=fp.Solver("direct"))
     matrix, right = dense_system(p)
     fine = (solution.status == fp.Status.CONVERGED) | (solution.status == fp.Status.ILL_CONDITIONED)
@@ -65,7 +77,7 @@ def test_causal_bitwise(room: str, method: str, p: Problem, until: int) -> None:
     later = replace(p, x=p.x.copy(), lam=p.lam.copy())
     later.x[:, until:] = rng.standard_normal(later.x[:, until:].shape)
     later.lam[:, until:] = rng.uniform(0.1, 0.9, later.x[:, until:].shape)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         one = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver).value
         two = fp.fixed_point_rnn(*inputs(later), **extras(later), solver=solver).value
     np.testing.assert_array_equal(one[:, :until], two[:, :until])
@@ -76,7 +88,7 @@ def test_causal_bitwise(room: str, method: str, p: Problem, until: int) -> None:
 def test_going_on_from_the_final_state(room: str, p: Problem, at: int) -> None:
     at = min(at, p.x.shape[1] - 1)
     head, tail = p.until(at), _after(p, at)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         whole = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=TIGHT["solver"]).value
         first = fp.fixed_point_rnn(*inputs(head), **extras(head), solver=TIGHT["solver"]).value
         tail = replace(tail, initial=np.ascontiguousarray(first[:, -1]))
@@ -100,7 +112,7 @@ def test_sequences_do_not_know_their_place(room: str, method: str, p: Problem, r
     order = list(range(p.x.shape[0]))
     random.shuffle(order)  # type: ignore[attr-defined]
     solver = _solver(method, rtol=1e-9)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         one = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver)
         shuffled = p.take(order)
         two = fp.fixed_point_rnn(*inputs(shuffled), **extras(shuffled), solver=solver)
@@ -112,7 +124,7 @@ def test_sequences_do_not_know_their_place(room: str, method: str, p: Problem, r
 @given(problems(kinds=ALL, batches=(1, 2), steps=(1, 12)))
 @pytest.mark.parametrize("method", ["parallel", "chunked", "sequential"])
 def test_a_warm_start_costs_the_check(room: str, method: str, p: Problem) -> None:
-    with fp.arrays.use_room(room):
+    with in_room(room):
         found = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=TIGHT["solver"])
         again = fp.fixed_point_rnn(
             *inputs(p), **extras(p), guess=found.value, solver=_solver(method, rtol=1e-9)
@@ -126,7 +138,7 @@ def test_a_warm_start_costs_the_check(room: str, method: str, p: Problem) -> Non
 @given(problems(kinds=ALL, batches=(1, 2)))
 @pytest.mark.parametrize("method", ["parallel", "chunked", "sequential"])
 def test_a_tighter_tolerance_never_takes_fewer_iterations(room: str, method: str, p: Problem) -> None:
-    with fp.arrays.use_room(room):
+    with in_room(room):
         counts = [
             fp.fixed_point_rnn(*inputs(p), **extras(p), solver=_solver(method, rtol=rtol)).iterations
             for rtol in (1e-1, 1e-3, 1e-6, 1e-10)
@@ -137,7 +149,7 @@ def test_a_tighter_tolerance_never_takes_fewer_iterations(room: str, method: str
 @rooms
 @given(problems(kinds=ALL, batches=(1, 2), steps=(1, 8)))
 def test_one_iteration_is_the_diagonal_rnn(room: str, p: Problem) -> None:
-    with fp.arrays.use_room(room):
+    with in_room(room):
         solution = fp.fixed_point_rnn(
             *inputs(p), **extras(p), solver=fp.Solver(max_iter=1, on_failure="ignore")
         )
@@ -161,7 +173,7 @@ def test_nan_stays_in_its_sequence(
     if (method == "direct" and kind not in ("dplr", "householder")) or (where == "mixer" and kind == "fixed"):
         return
     solver = _solver(method, rtol=1e-9, on_failure="ignore")
-    with fp.arrays.use_room(room):
+    with in_room(room):
         clean = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver)
         copies = {n: getattr(p, n).copy() for n in ("x", "lam", "gate", "initial")}
         params = tuple(a.copy() for a in p.params)
@@ -190,7 +202,7 @@ def test_a_divergent_mixer_ends_flagged(room: str, method: str, kind: str) -> No
     cls = type(mixer_of(p))
     low_rank = kind in ("dplr", "householder")
     mixer = cls(*params, alpha_max=None) if low_rank else cls(*params)  # type: ignore[call-arg]
-    with fp.arrays.use_room(room):
+    with in_room(room):
         assert mixer.contraction_bound().max() > 1
         with pytest.warns(fp.ConvergenceWarning, match=r"2 of 2 sequences did not converge"):
             solution = fp.fixed_point_rnn(p.lam, mixer, p.x, gate=p.gate, solver=_solver(method))
@@ -209,7 +221,7 @@ def test_a_singular_step_is_ill_conditioned(room: str) -> None:
     # 1 - alpha sum(g u u) = 0
     u, alpha = np.array([[[1.0, 0.0]]]), np.array([[2.0]])
     lam = np.full((1, 2), 0.5)
-    with fp.arrays.use_room(room), pytest.warns(fp.ConvergenceWarning, match=r"ILL_CONDITIONED"):
+    with in_room(room), pytest.warns(fp.ConvergenceWarning, match=r"ILL_CONDITIONED"):
         solution = fp.fixed_point_rnn(lam, fp.mixers.DPLR(u, alpha), np.ones((1, 2)))
     assert solution.status == fp.Status.ILL_CONDITIONED
 
@@ -219,7 +231,7 @@ def test_the_transition_is_the_dense_one(room: str) -> None:
     # h_1 = A_1 h_0 where x = 0: the columns of A, one batch entry for each
     p = problem(3, "householder", batch=1, steps=1, dim=4, rank=2)
     mixer, lam = mixer_of(p), p.lam[0, 0]
-    with fp.arrays.use_room(room):
+    with in_room(room):
         q = mixer.to_dense()[0, 0]
         h = fp.fixed_point_rnn(p.lam, mixer, np.zeros((4, 1, 4)), initial=np.eye(4)).value
     closed = np.linalg.inv(np.eye(4) + (np.diag(1 / lam) - np.eye(4)) @ q)
@@ -240,7 +252,7 @@ def test_any_leading_axes(room: str, kind: str, batch: tuple[int, ...], steps: i
     params = flat.params if kind == "fixed" else tuple(deep(a) for a in flat.params)
     mixer = mixer_of(replace(flat, params=params))
     assert flat.initial is not None
-    with fp.arrays.use_room(room):
+    with in_room(room):
         solution = fp.fixed_point_rnn(deep(flat.lam), mixer, deep(flat.x), initial=deep(flat.initial))
         same = fp.fixed_point_rnn(*inputs(flat), **extras(flat))
     assert solution.value.shape == (*batch, steps, 4)
@@ -307,9 +319,9 @@ def test_a_mixer_for_something_else_is_named() -> None:
 @rooms
 def test_float16_is_stored_small_and_computed_in_float32(room: str) -> None:
     p = problem(0, "householder", batch=2, steps=20, dim=6, rank=1).astype(np.float16)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         half = fp.fixed_point_rnn(*inputs(p), **extras(p)).value
         full = p.astype(np.float32)
         single = fp.fixed_point_rnn(*inputs(full), **extras(full)).value
     assert half.dtype == np.float16
-    np.testing.assert_array_equal(half, single.astype(np.float16))
+    assert_same(half, single.astype(np.float16), room)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hall import ROOMS, TIGHT, assert_close, extras, inputs, mixer_of
+from hall import ROOMS, TIGHT, assert_close, extras, in_room, inputs, mixer_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, problem, problems, seeds
@@ -109,7 +109,7 @@ def test_auto_follows_its_rules(solver: fp.Solver, rank: int | None, forward: st
 @rooms
 def test_auto_says_what_it_took(room: str) -> None:
     taken = {}
-    with fp.arrays.use_room(room):
+    with in_room(room):
         for kind in KINDS:
             p = problem(0, kind, batch=1, steps=3, dim=4)
             taken[kind] = fp.fixed_point_rnn(*inputs(p)).method
@@ -148,7 +148,7 @@ def test_a_direct_solve_that_does_not_exist_is_refused_by_name() -> None:
     ids=str,
 )
 def test_every_policy_finds_the_same_point(room: str, options: dict[str, Any], p: Any) -> None:
-    with fp.arrays.use_room(room):
+    with in_room(room):
         expected = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=TIGHT["solver"]).value
         solution = fp.fixed_point_rnn(
             *inputs(p), **extras(p), solver=fp.Solver("parallel", rtol=1e-12, max_iter=5000, **options)
@@ -160,7 +160,7 @@ def test_every_policy_finds_the_same_point(room: str, options: dict[str, Any], p
 @rooms
 def test_the_loop_in_hand_is_the_loop_of_the_room(room: str) -> None:
     p = problem(0, "kronecker", batch=3, steps=9, dim=6)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         here = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=fp.Solver("parallel", quantile=1.0))
         there = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=fp.Solver("parallel"))
     np.testing.assert_array_equal(here.iterations, there.iterations)
@@ -177,7 +177,7 @@ def test_the_loop_in_hand_is_the_loop_of_the_room(room: str) -> None:
 def test_anderson_needs_fewer_iterations_where_contraction_is_slow(room: str) -> None:
     p = problem(0, "dense", batch=4, steps=8, dim=8, bound=0.97, gated=True)
     p.gate[:] = 1.0  # type: ignore[index]
-    with fp.arrays.use_room(room):
+    with in_room(room):
         plain = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=fp.Solver("parallel"))
         fast = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=fp.Solver(acceleration="anderson"))
     assert fast.converged.all()
@@ -205,7 +205,7 @@ def test_anderson_forgets_where_the_past_misleads() -> None:
 def test_policies_keep_sequences_apart(room: str, options: dict[str, Any], seed: int, bad: int) -> None:
     p = problem(seed, "monarch", batch=4, steps=5, dim=4)
     solver = fp.Solver(on_failure="ignore", **options)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         clean = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver)
         p.x[bad, 1, 0] = np.nan
         dirty = fp.fixed_point_rnn(*inputs(p), **extras(p), solver=solver)
@@ -334,7 +334,7 @@ def test_published_criterion_gives_up_when_steps_are_tiny() -> None:
 @rooms
 def test_messages_say_how_many_and_what_to_do(room: str) -> None:
     p = problem(0, "dense", batch=3, steps=6, dim=4)
-    with fp.arrays.use_room(room):
+    with in_room(room):
         with pytest.warns(fp.ConvergenceWarning) as caught:
             solution = fp.fixed_point_rnn(*inputs(p), solver=fp.Solver(max_iter=3))
         message = str(caught[0].message)
@@ -366,7 +366,7 @@ def test_every_status_has_a_message() -> None:
 def test_few_iterations_are_a_number(room: str) -> None:
     p = problem(0, "householder", batch=2, steps=12, dim=6, rank=2)
     mixer, gate = mixer_of(p), p.gate_or_default
-    with fp.arrays.use_room(room):
+    with in_room(room):
         solution = fp.fixed_point_rnn(
             p.lam, mixer, p.x, solver=fp.Solver(max_iter=8, rtol=0.0, damping=0.9, on_failure="ignore")
         )

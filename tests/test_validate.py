@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretend
 import pytest
 
 from fpnumba import cli, validate
@@ -131,7 +132,8 @@ def test_the_command_prints_verdicts_and_exits_by_them(
         scan = cpu_scan.linear_scan
         monkeypatch.setattr(cpu_scan, "linear_scan", lambda *args: scan(*args) * 1.001)
     record = tmp_path / "verdicts.json"
-    assert cli.main(["validate", "--quick", "--json", str(record)]) == (0 if good else 1)
+    command = ["validate", "--quick", "--room", "cpu", "--json", str(record)]
+    assert cli.main(command) == (0 if good else 1)
     out = capsys.readouterr().out
     assert "verdict" in out
     assert out.splitlines()[-1] == f"2 rows, {'all within their bounds' if good else '2 MISSED'}"
@@ -139,7 +141,7 @@ def test_the_command_prints_verdicts_and_exits_by_them(
     verdicts = json.loads(record.read_text())
     assert verdicts["ok"] is good
     assert [row["dtype"] for row in verdicts["rows"]] == ["float32", "float64"]
-    assert cli.main(["validate", "--quick", "--json", str(record)]) == 2
+    assert cli.main(command) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert json.loads(record.read_text()) == verdicts
 
@@ -151,3 +153,48 @@ def test_columns_line_up(monkeypatch: pytest.MonkeyPatch) -> None:
     head = next(line for line in lines if line.startswith("room"))
     start = head.index("verdict")
     assert all(line[start:] == "ok" for line in lines[lines.index(head) + 1 : -1])
+
+
+def test_a_machine_without_a_device_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fpnumba.gpu
+
+    only(monkeypatch, "linear_scan")
+    monkeypatch.setattr(fpnumba.gpu, "absent", lambda: "there is none")
+    assert validate.rooms_present() == ["cpu"]
+    assert cli.main(["validate", "--quick"]) == 0
+    assert capsys.readouterr().out.startswith("room gpu: no device, so not validated: there is none\n")
+    assert cli.main(["validate", "--quick", "--room", "gpu"]) == 2
+    assert "'gpu' is not present here (there is cpu): there is none" in capsys.readouterr().err
+    monkeypatch.setattr(fpnumba.gpu, "absent", lambda: None)
+    assert validate.rooms_present() == ["cpu", "gpu"]
+
+
+def test_what_the_gpu_room_has_not_is_no_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(room: Room, args: validate.Args, rtol: float) -> Any:
+        if room.name != "reference":
+            raise NotImplementedError("no such kernels\nyet")
+        return (args["x"],)
+
+    case = validate.Case("nothing", {"x": np.ones(1)}, missing)
+    rows = [validate.Row(room, "nothing", "float32") for room in ("cpu", "gpu")]
+    with pretend.device():
+        for row in rows:
+            validate._judge(row, (1, 1, 1), case, validate._Reference())
+    cpu, gpu = rows
+    assert (cpu.ok, cpu.failure) == (False, "NotImplementedError: no such kernels")
+    assert (gpu.ok, gpu.failure, gpu.absent) == (True, "", "no such kernels")
+    assert "not in this room: no such kernels" in validate.line(gpu)
+    assert validate.footer([gpu]) == "1 rows, all within their bounds, 1 not in their room"
+    assert gpu.as_dict()["absent"] == "no such kernels"
+
+
+def test_a_device_is_given_its_own_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a device that is not there, but for the room's doors."""
+    only(monkeypatch, "linear_scan", "dplr r=3: solve, direct")
+    with pretend.device() as host:
+        host.current.append(0)
+        rows = validate.run(["gpu"])
+    assert [row.ok for row in rows] == [True] * 4
+    assert host.dtypes == {"float32", "float64"}

@@ -1,4 +1,4 @@
-"""Any library with DLPack and an array-API namespace: exchange without a copy, on the CPU."""
+"""Any library with DLPack and an array-API namespace: exchange without a copy, on the CPU and on a GPU."""
 
 import sys
 from collections.abc import Callable
@@ -15,8 +15,20 @@ def dtype_name(array: Any) -> str:
     return str(take(array).dtype.name)
 
 
+def on_gpu(array: Any) -> bool:
+    """Whether an array that has a place lies on a GPU: on neither of DLPack's 1, the CPU, and 3, its pinned memory."""
+    try:
+        return int(array.__dlpack_device__()[0]) not in (1, 3)
+    except Exception:  # a traced array, or one in several places
+        return False
+
+
 def take(array: Any) -> Taken:
-    """View the memory of `array` as a NumPy array."""
+    """View the memory of `array` as a NumPy array, or as a CuPy array if it lies on a GPU."""
+    if on_gpu(array):
+        from fpnumba.gpu import _device
+
+        return _device.xp().from_dlpack(array)  # type: ignore[no-any-return]
     return np.from_dlpack(array)
 
 

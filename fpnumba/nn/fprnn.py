@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.arrays import room
+from fpnumba.arrays import host_room
 from fpnumba.nn import low_rank, ways
 from fpnumba.nn.activations import check, sigmoid, silu, silu_vjp
 from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
@@ -380,7 +380,7 @@ class FPRNN:
         return found
 
     def _sequential(self, cell: Cell, *, keep: bool) -> Solve:
-        if isinstance(self.map, LowRankMap) and room().name == "cpu":
+        if isinstance(self.map, LowRankMap) and host_room().name == "cpu":
             return low_rank.solve(cell, self.map, keep=keep)
         return ways.solve_sequential(cell, self._solver(), keep=keep)
 

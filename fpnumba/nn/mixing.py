@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fpnumba.arrays import room
+from fpnumba.arrays import host_room
 
 Array = NDArray[Any]
 # A mixer as a room takes it, or for "mixture" a list of (kind, params), the first of which is applied first.
@@ -20,7 +20,7 @@ def apply(mixer: Mixer, x: Array) -> Array:
         for one in params:
             x = apply(one, x)
         return x
-    y: Array = room().mixers.apply(kind, params, x)
+    y: Array = host_room().mixers.apply(kind, params, x)
     return y
 
 
@@ -31,7 +31,7 @@ def apply_transpose(mixer: Mixer, y: Array) -> Array:
         for one in reversed(params):
             y = apply_transpose(one, y)
         return y
-    x: Array = room().mixers.apply_transpose(kind, params, y)
+    x: Array = host_room().mixers.apply_transpose(kind, params, y)
     return x
 
 
@@ -39,7 +39,7 @@ def cotangent(mixer: Mixer, x: Array, ybar: Array) -> Any:
     """Cotangents of the parameters for ``y = Q x``; for "mixture" a list of such tuples."""
     kind, params = mixer
     if kind != "mixture":
-        return room().mixers.cotangent(kind, params, x, ybar)
+        return host_room().mixers.cotangent(kind, params, x, ybar)
     inputs = [x]
     for one in params[:-1]:
         inputs.append(apply(one, inputs[-1]))

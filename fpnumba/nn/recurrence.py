@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import room
+from fpnumba.arrays import host_room
 from fpnumba.nn import mixing
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
@@ -97,7 +97,7 @@ class Cell:
     def iterate(self, h: Array) -> Array:
         """One application of the whole map."""
         mixed = mixing.apply(self.mix(h).mixer, self.v - h) + h
-        new: Array = room().scan.linear_scan(self.lam, self.gate * mixed, self.initial)
+        new: Array = host_room().scan.linear_scan(self.lam, self.gate * mixed, self.initial)
         return new
 
 
@@ -148,7 +148,7 @@ class Bars:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell, gate = self.cell, self.cell.gate
         mixed = mixing.apply(made.mixer, cell.v - h) + h
-        lam_bar, s, _ = room().scan.linear_scan_vjp(cell.lam, new, cell.initial, False, new_bar)
+        lam_bar, s, _ = host_room().scan.linear_scan_vjp(cell.lam, new, cell.initial, False, new_bar)
         e = gate * s
         back = mixing.apply_transpose(made.mixer, e)
         self.lam += lam_bar - s * mixed

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import room
+from fpnumba.arrays import host_room
 from fpnumba.nn import mixing
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
@@ -64,7 +64,7 @@ def solve_linear(mixer: Mixer, cell: Cell, solver: Solver, method: str) -> Solve
         here = replace(cell, fixed=mixer)
         plain = replace(solver, method="parallel", chunk=None)
         return relax(here.iterate, np.zeros_like(cell.v), plain, here.finite)[0]
-    solved: Solved = room().solve.solve(
+    solved: Solved = host_room().solve.solve(
         kind,
         params,
         cell.lam,
@@ -93,7 +93,7 @@ def solve_linear_adjoint(
         def iterate(s: Array) -> Array:
             e = gate * s
             z = hbar + e - mixing.apply_transpose(mixer, e)
-            new: Array = room().scan.linear_scan(after, z, None, True)
+            new: Array = host_room().scan.linear_scan(after, z, None, True)
             return new
 
         plain = Solver(
@@ -104,7 +104,7 @@ def solve_linear_adjoint(
             damping=solver.damping,
         )
         return relax(iterate, np.zeros_like(hbar), plain, lambda b: bool(np.isfinite(hbar[b]).all()))[0]
-    solved: Solved = room().solve.solve_adjoint(
+    solved: Solved = host_room().solve.solve_adjoint(
         kind,
         params,
         lam,

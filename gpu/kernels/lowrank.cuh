@@ -465,7 +465,7 @@ template <int ARRAYS> struct Ring {
     if (i < R) {
       unsigned char* to = (unsigned char*)(strengths + slot * STRENGTHS + i);
 #ifdef SIMT
-      *(store*)to = row[i];
+      copy_async<sizeof(store)>(to, row + i);
 #else
       if constexpr (sizeof(store) >= 4)
         copy_async<sizeof(store)>(to, row + i);
@@ -496,13 +496,16 @@ struct No { static constexpr bool value = false; };
 //   state     what a walk starts from, and leaves
 //   decay     the product of the segment's lam
 //   again     walks, stops where the result is what was there to within rounding, and says whether it never was
+//   differ    whether the largest of one number a thread is more than roundings of the largest of another
 //   between   [3][blocks][dim]: what segments left, what entered them, their products
 //   barrier   how many have arrived, and then for each round how many moved
-template <class Walk>
+template <class Walk, class Differ>
 __device__ __forceinline__ void settle_segments(int j, int segments, int dim, real (&state)[VALUES],
-                                                const real (&decay)[VALUES], real* between, u32* barrier, Walk again) {
-  const i64 size = (i64)gridDim.x * dim, mine = (i64)blockIdx.x * dim;
-  real *ends = between, *entries = between + size, *products = between + 2 * size;
+                                                const real (&decay)[VALUES], real* between, u32* barrier, Walk again,
+                                                Differ differ) {
+  const i64 all = (i64)gridDim.x * dim, mine = (i64)blockIdx.x * dim;
+  real *ends = between, *entries = between + all, *products = between + 2 * all;
+  auto worse = [](real so_far, real d) { return is_finite(d) ? Most::of(so_far, magnitude(d)) : 2 * LARGEST; };
   u32* movers = barrier + 1;
   auto leave = [&](real* to, auto what) {
 #pragma unroll
@@ -517,8 +520,7 @@ __device__ __forceinline__ void settle_segments(int j, int segments, int dim, re
   u32 met = 0;
   grid_barrier(barrier, met++);
   for (int round = 0; round + 1 < segments; ++round) {
-    bool news = false;
-    real enters[VALUES];
+    real enters[VALUES], change = 0, size = 0;
 #pragma unroll
     for (int a = 0; a < ACCESSES; ++a)
 #pragma unroll
@@ -540,20 +542,31 @@ __device__ __forceinline__ void settle_segments(int j, int segments, int dim, re
             if (shift != 0) now += __ldcg(products + before) * shift;
             shift = now - old;
           }
-          news |= !(now == old);
+          change = worse(change, now - old);
+          size = Most::of(size, magnitude(now));
         }
         enters[a * EACH + e] = now;
       }
-    const bool walks = __syncthreads_or(news);
+    const bool walks = differ(change, size);
     grid_barrier(barrier, met++);
     if (walks) {
 #pragma unroll
       for (int v = 0; v < VALUES; ++v) state[v] = enters[v];
       leave(entries, [&](int v) { return enters[v]; });
-      if (again()) {
+      const bool reached = again();
+      change = size = 0;
+      if (reached) {
+#pragma unroll
+        for (int a = 0; a < ACCESSES; ++a)
+#pragma unroll
+          for (int e = 0; e < EACH; ++e) {
+            const int v = a * EACH + e;
+            if (channel(a) + e < dim) change = worse(change, state[v] - __ldcg(ends + mine + channel(a) + e));
+            size = Most::of(size, magnitude(state[v]));
+          }
         leave(ends, [&](int v) { return state[v]; });
-        if (threadIdx.x == 0) atomicAdd(movers + round, 1u);
       }
+      if (differ(change, size) && threadIdx.x == 0) atomicAdd(movers + round, 1u);
     }
     grid_barrier(barrier, met++);
     if (load_acquire(movers + round) == 0) break;

@@ -246,7 +246,13 @@ solve_steps(const store* __restrict__ lam, const store* __restrict__ gate, const
 #endif
   walk(No());
 #if SPLIT
-  settle_segments(j, segments, dim, h, decay, between, barrier, [&] { return walk(Yes()); });
+  settle_segments(j, segments, dim, h, decay, between, barrier, [&] { return walk(Yes()); },
+                  [&](real change, real size) {
+                    real none[1], m[2] = {change, size};
+                    reduce<0, 2>(none, m, partial + buffer * partials(TOTALS), totals);
+                    buffer ^= 1;
+                    return (bool)__syncthreads_or(thinks() && totals[0] > 2 * EPS * totals[1]);
+                  });
 #endif
   told.write(DIRECT, max_iter, change, scale, rcond, state, partial + buffer * partials(TOTALS), totals);
 }

@@ -410,6 +410,7 @@ def device(
     patches = {
         "xp": lambda: made.xp,
         "launch": made.launch,
+        "current": lambda: -made.multiprocessors,  # another device for the plans that are kept
         "multiprocessors": lambda: made.multiprocessors,
         "resident": made.most,
         "loaded": lambda: list(dict.fromkeys(launched.kernel for launched in made.launches)),

@@ -1,0 +1,400 @@
+"""The iterative ways on the device: chunked solves, one parallel iteration, cotangents.
+
+Sections 3, 6 and 7 of docs/mathematics.md. One block of threads per sequence; semantics and stopping rules are those of
+`fpnumba.cpu._relax`. Kernels: `kernels/relax.cu` and `kernels/relax_pull.cu` for any shape.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fpnumba.gpu import _device, _report, _shapes
+from fpnumba.gpu._device import Kernel
+
+Array = Any
+Params = tuple[Array, ...]
+
+KINDS = {"kronecker": 0, "monarch": 1, "dplr": 2, "householder": 3}
+# Shared memory that a block may have, and what is left to each of two blocks of a multiprocessor.
+MOST_SHARED = 227 * 1024
+HALF_SHARED = 112 * 1024
+# Steps of a chunk, where they fit.
+LONGEST_CHUNK = 32
+# A segment of time has this many chunks at least, and a sequence so many segments at most.
+SHORTEST_SEGMENT, MOST_SEGMENTS = 8, 32
+# More channels than this are mixed by a whole block, not by a warp.
+WIDE_DIM = 1024
+ROOM = 1024
+# Kronecker factors up to this size are mixed on tensor cores.
+MOST_FACTOR = 32
+
+
+class _Mixer(NamedTuple):
+    """The parameters as the kernels take them."""
+
+    kind: str
+    first: Array
+    second: Array
+    dim: int
+    d1: int
+    d2: int
+    rank: int
+
+    @classmethod
+    def of(cls, kind: str, params: Params, dim: int) -> "_Mixer":
+        if kind not in KINDS:
+            raise ValueError(f"kind: {kind!r}; expected one of {', '.join(KINDS)}")
+        first, second = params
+        if kind == "kronecker":
+            return cls(kind, first, second, dim, first.shape[-1], second.shape[-1], 0)
+        if kind == "monarch":
+            return cls(kind, first, second, dim, first.shape[-3], first.shape[-1], 0)
+        return cls(kind, first, second, dim, 1, dim, second.shape[-1])
+
+    @property
+    def low_rank(self) -> bool:
+        return self.kind in ("dplr", "householder")
+
+    @property
+    def shape(self) -> tuple[np.int32, np.int32, np.int32]:
+        return np.int32(self.dim), np.int32(self.d1), np.int32(self.d2)
+
+    def macros(self, wide: bool, **more: object) -> dict[str, object]:
+        """How a kernel for this mixer is compiled; False and 0 are left to the sources."""
+        given = {
+            "STORE": _report.store(self.first.dtype),
+            "KIND": KINDS[self.kind],
+            "RANK": self.rank,
+            "WIDE": int(wide),
+        }
+        return {k: v for k, v in (given | more).items() if v or k == "KIND"}
+
+
+class _Groups(NamedTuple):
+    """Threads of a block, and whether all of them mix one step together or each warp its own."""
+
+    threads: int
+    wide: bool
+
+    @property
+    def count(self) -> int:
+        return 1 if self.wide else self.threads // 32
+
+
+def _groups(dim: int, together: int, most: int) -> _Groups:
+    """For `together` steps that may be mixed at the same time."""
+    if dim > WIDE_DIM or (together < 4 and dim > 128):
+        return _Groups(min(most, -(-dim // 32) * 32), True)
+    return _Groups(32 * max(1, min(most // 32, max(together, -(-dim // 128)))), False)
+
+
+def _sums(mixer: _Mixer, vectors: int) -> int:
+    """Numbers per warp for sums over channels, see relax_mix.cuh."""
+    pairs = mixer.rank * (mixer.rank - 1) // 2 if mixer.kind == "householder" else 0
+    return vectors * max(mixer.rank, 1) + pairs
+
+
+def _spare(mixer: _Mixer, groups: _Groups, vectors: int = 1) -> int:
+    """Scratch numbers of a group: vectors, or sums of its warps."""
+    if mixer.low_rank:
+        return _sums(mixer, vectors) * groups.threads // 32 if groups.wide else 0
+    return vectors * mixer.dim
+
+
+def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
+    """Steps of a chunk where the caller does not say: as many as fit into shared memory, two blocks side by side.
+
+    Low-rank mixers: one, because a step's iterations run over ``r`` numbers and no chunk makes them cheaper.
+    """
+    if kind in ("dplr", "householder"):
+        return 1
+    each = 2 * dim * _real(dtype).itemsize
+    return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
+
+
+def solve(
+    kind: str,
+    params: Params,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    guess: Array | None,
+    *,
+    adjoint: bool,
+    chunk: int,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> _report.Solved:
+    """The fixed point of (F), or with `adjoint` that of its adjoint for ``hbar = source``, chunk after chunk.
+
+    Parameters
+    ----------
+    kind, params, lam, gate, source, initial, guess
+        As for `fpnumba.cpu.solve.solve`.
+    adjoint : bool
+    chunk : int
+        Steps of a chunk; all of them for the parallel way.
+    rtol, atol, max_iter, damping
+        As for `fpnumba.cpu.solve.solve`.
+
+    Returns
+    -------
+    Solved
+    """
+    xp = _device.xp()
+    batch, steps, dim = source.shape
+    chunk = max(1, min(chunk, steps))
+    chunks = -(-steps // chunk)
+    mixer = _Mixer.of(kind, params, dim)
+    value = xp.empty(source.shape, source.dtype)
+    tensors = _on_tensor_cores(mixer, source.dtype, chunk, damping)
+    report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
+    options = (adjoint, chunk, rtol, atol, max_iter, damping)
+    if steps > 0:
+        serves = _kronecker if tensors else _any_shape
+        serves(mixer, lam, gate, source, initial, guess, value, report, *options)
+    inputs = (lam, source, gate, initial, guess, *params)
+    return _report.summary(value, report, False, tuple(a for a in inputs if a is not None))
+
+
+def _any_shape(
+    mixer: _Mixer,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    guess: Array | None,
+    value: Array,
+    report: _report.Report,
+    adjoint: bool,
+    chunk: int,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> None:
+    """The kernel `relax`, with the chunk in shared memory if it fits there."""
+    xp = _device.xp()
+    batch, steps, dim = source.shape
+    real = _real(source.dtype)
+    groups = _groups(dim, chunk, 512)
+    spare = _spare(mixer, groups)
+    shared = ROOM + spare * groups.count * real.itemsize
+    iterate = mixed = None
+    if shared + 2 * chunk * dim * real.itemsize <= MOST_SHARED:
+        shared += 2 * chunk * dim * real.itemsize
+    else:
+        mixed = xp.empty((batch, chunk, dim), real)
+        iterate = value if chunk == steps and value.dtype == real else xp.empty((batch, chunk, dim), real)
+    macros = mixer.macros(groups.wide, ADJOINT=int(adjoint), GATED=int(gate is not None))
+    arguments = (
+        *(mixer.first, mixer.second, lam, gate, source, initial, guess, value, iterate, mixed),
+        *(xp.empty((batch, dim), real), *mixer.shape, np.int64(steps), np.int64(chunk), np.int32(spare)),
+        *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter), np.float64(damping)),
+        *(report.counts, report.change, report.scale, report.state),
+    )
+    kernel = Kernel.of("relax.cu", "relax", macros)
+    _device.launch(kernel, batch, groups.threads, arguments, shared=shared)
+
+
+def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
+    """Whether `relax_kronecker` serves this solve."""
+    small = (
+        mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+    )
+    return small and _real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
+
+
+def _segments(batch: int, chunks: int) -> int:
+    """Into how many segments of time a sequence is cut, where there are too few sequences for the device."""
+    return max(1, min(_device.multiprocessors() // max(batch, 1), chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
+
+
+def _most_warps(dim: int) -> int:
+    return 8 if dim > 256 else 16
+
+
+def _kronecker_kernel(
+    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool
+) -> tuple[Kernel, int]:
+    """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
+    rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
+    # numbers that a thread holds: the factors, two products, three of all steps, and whatever else there is
+    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
+    blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
+    macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
+    constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
+    step = 8 * inner * (8 * columns + 4)
+    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (4 + step + constants)
+
+
+def _kronecker(
+    mixer: _Mixer,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    guess: Array | None,
+    value: Array,
+    report: _report.Report,
+    adjoint: bool,
+    chunk: int,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> None:
+    """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
+    batch, steps, _ = source.shape
+    warps = 1 << (chunk - 1).bit_length()
+    kernel, shared = _kronecker_kernel(
+        _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
+    )
+    xp, segments = _device.xp(), report.state.shape[1]
+    left = moved = None
+    if segments > 1:
+        left = xp.empty((2, batch * segments, mixer.dim), np.float32)
+        moved = xp.zeros((2, batch * segments), np.int32)
+    # The first round starts every segment from zero; each of the others from what the one before has left by then. At
+    # once for all of them, and most have nothing to do: a correction decays, and who has no news leaves at once.
+    for turn in range(segments):
+        arguments = (
+            *(mixer.first, mixer.second, lam, gate, source, initial, value if turn else guess, value),
+            *(np.int64(steps), np.int32(chunk)),
+            *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
+            *(report.counts, report.change, report.scale, report.state),
+            *(np.int32(segments), np.int32(turn), left, moved),
+        )
+        _device.launch(kernel, batch * segments, 32 * warps, arguments, shared=shared)
+
+
+def _real(dtype: Any) -> np.dtype[Any]:
+    """The dtype that a storage dtype is computed in."""
+    return np.dtype(_shapes.real(dtype))
+
+
+def _eps(dtype: Any) -> np.float64:
+    return np.float64(np.finfo(_real(dtype)).eps)
+
+
+def iterate(
+    kind: str,
+    params: Params,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    value: Array,
+    *,
+    adjoint: bool,
+) -> Array:
+    """One parallel iteration from `value`: all steps are mixed, then scanned.
+
+    Parameters
+    ----------
+    kind, params, lam, gate, source, initial
+        As for `solve`.
+    value : (B, T, D) array
+        The previous iterate.
+    adjoint : bool
+
+    Returns
+    -------
+    (B, T, D) array
+    """
+    xp = _device.xp()
+    batch, steps, dim = source.shape
+    new = xp.empty(source.shape, source.dtype)
+    if new.size == 0:
+        return new
+    mixer = _Mixer.of(kind, params, dim)
+    real = _real(source.dtype)
+    rows = batch * steps
+    groups = _groups(dim, 8, 256)
+    spare = _spare(mixer, groups)
+    z = xp.empty(source.shape, real)
+    macros = mixer.macros(groups.wide, ADJOINT=int(adjoint), GATED=int(gate is not None))
+    arguments = (
+        *(mixer.first, mixer.second, lam, gate, source, value, z, *mixer.shape),
+        *(np.int64(rows), np.int32(spare)),
+    )
+    shared = groups.count * (dim + spare) * real.itemsize
+    mix = Kernel.of("relax.cu", "mix_steps", macros)
+    _device.launch(mix, -(-rows // groups.count), groups.threads, arguments, shared=shared)
+    arguments = lam, z, initial, new, np.int64(batch * dim), np.int32(dim), np.int64(steps)
+    scan = Kernel.of("relax.cu", "scan_steps", macros)
+    _device.launch(scan, -(-batch * dim // 128), 128, arguments)
+    return new
+
+
+def pull(
+    kind: str,
+    params: Params,
+    lam: Array,
+    gate: Array | None,
+    x: Array,
+    initial: Array | None,
+    h: Array,
+    s: Array,
+) -> tuple[Array, Array | None, Array, Array, Params]:
+    """Cotangents of all inputs of (F) from the solution `h` and its adjoint `s`, in one pass over everything.
+
+    Parameters
+    ----------
+    kind, params, lam, gate, x, initial
+        As for `solve`.
+    h, s : (B, T, D) arrays
+
+    Returns
+    -------
+    lam_bar, gate_bar, x_bar, initial_bar, params_bar
+        As of `fpnumba.cpu.solve.rnn_cotangents`.
+    """
+    xp = _device.xp()
+    batch, steps, dim = x.shape
+    mixer = _Mixer.of(kind, params, dim)
+    bars = tuple(xp.empty(p.shape, p.dtype) for p in params)
+    lam_bar, x_bar = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype)
+    gate_bar = None if gate is None else xp.empty(x.shape, x.dtype)
+    initial_bar = xp.empty((batch, dim), x.dtype) if steps else xp.zeros((batch, dim), x.dtype)
+    rows = batch * steps
+    if rows > 0:
+        real = _real(x.dtype)
+        groups = _groups(dim, 8, 256)
+        spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
+        shared, blocks, scratch = groups.count * spare * real.itemsize, -(-rows // groups.count), None
+        if shared > MOST_SHARED:
+            blocks = min(blocks, 2 * _device.multiprocessors())
+            shared, scratch = 0, xp.empty((blocks, groups.count * spare), real)
+        arguments = (
+            *(mixer.first, mixer.second, lam, gate, x, initial, h, s, lam_bar, gate_bar, x_bar, initial_bar),
+            *(*bars, scratch, *mixer.shape, np.int64(rows), np.int64(steps), np.int32(spare)),
+        )
+        kernel = Kernel.of("relax_pull.cu", "pull", mixer.macros(groups.wide, GATED=int(gate is not None)))
+        _device.launch(kernel, blocks, groups.threads, arguments, shared=shared)
+    return lam_bar, gate_bar, x_bar, initial_bar, bars
+
+
+def representative() -> list[Kernel]:
+    """Shape classes that stand for all: one of each kind, dtype and way."""
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("relax", {"STORE": "float", "KIND": 0}),
+        ("relax", {"STORE": "double", "KIND": 0, "WIDE": 1, "ADJOINT": 1, "GATED": 1}),
+        ("relax", {"STORE": "bf16", "KIND": 1, "ADJOINT": 1}),
+        ("relax", {"STORE": "float", "KIND": 1, "WIDE": 1}),
+        ("relax", {"STORE": "f16", "KIND": 2, "RANK": 1}),
+        ("relax", {"STORE": "float", "KIND": 3, "RANK": 8, "WIDE": 1, "ADJOINT": 1}),
+        ("relax", {"STORE": "double", "KIND": 3, "RANK": 4, "GATED": 1}),
+        ("mix_steps", {"STORE": "float", "KIND": 0}),
+        ("mix_steps", {"STORE": "double", "KIND": 3, "RANK": 2, "ADJOINT": 1, "GATED": 1}),
+        ("scan_steps", {"STORE": "bf16", "KIND": 1, "ADJOINT": 1}),
+        ("pull", {"STORE": "float", "KIND": 0}),
+        ("pull", {"STORE": "double", "KIND": 1, "WIDE": 1, "GATED": 1}),
+        ("pull", {"STORE": "f16", "KIND": 3, "RANK": 8}),
+    ]
+    return [Kernel.of("relax_pull.cu" if f == "pull" else "relax.cu", f, macros) for f, macros in cases]

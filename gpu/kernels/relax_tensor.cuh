@@ -1,0 +1,189 @@
+// K1 V K2^T of one step by one warp, on tensor cores, in the precision of float; for d1, d2 up to 32, known when compiled.
+//
+// A float is the sum of two numbers of eleven bits, and a product of floats is three products of those, summed in
+// float; what is left out is 2^-22 of it. Where parameters are stored in half precision they are one such number, and
+// two products do.
+//
+// The parameters stay in registers, in the order of the instruction's operands. Tiles are 16 x 8 (x 8); the sums over l
+// and j below may go in any order and columns may be dealt to tiles in any order, and these are chosen so that
+//     the result of K1 V is in the registers where the second product wants it,
+//     rows and columns are read from shared memory and written there 16 bytes at a time, without bank conflicts.
+// With g = lane / 4, t = lane % 4:
+//     K1[i, l], (row, column) of tile (m, k):  l = 8 k + 2 t for columns t, 8 k + 2 t + 1 for columns t + 4
+//     columns of V, of K1 V and of the result, tile n of N:  column c of the tile is N c + n
+//
+// Macros: STORE, D1, D2.
+#pragma once
+#include "common.cuh"
+
+__host__ __device__ constexpr int over(int n, int by) { return (n + by - 1) / by; }
+
+// Tiles: M of rows, N of columns, K of the sum in the first product (the second one's are N)
+constexpr int TILES_M = over(D1, 16), TILES_N = over(D2, 8), TILES_K = over(D1, 8);
+// A row in shared memory, and the rows that are read of it: what is beyond D1 and D2 must be zero
+constexpr int ROW = 8 * TILES_N + 4, ROWS = 8 * TILES_K, STEP = ROWS * ROW;
+
+constexpr bool EXACT = sizeof(store) == 2;  // parameters have no second half
+
+// d += a b for tiles 16 x 8 and 8 x 8, of which the leading eleven bits count
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#ifndef SIMT
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  for (int k = 0; k < 8; ++k) {
+    const int at = k % 4, half = k / 4;
+    float left[2], right[2];
+    for (int i = 0; i < 2; ++i)
+      left[i] = __uint_as_float(__shfl_sync(0xffffffffu, a[2 * half + i], 4 * g + at) & 0xffffe000u);
+    for (int j = 0; j < 2; ++j) {
+      const u32 low = __shfl_sync(0xffffffffu, b[0], 4 * (2 * t + j) + at);
+      const u32 high = __shfl_sync(0xffffffffu, b[1], 4 * (2 * t + j) + at);
+      right[j] = __uint_as_float((half ? high : low) & 0xffffe000u);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) d[2 * i + j] += left[i] * right[j];
+  }
+#endif
+}
+
+// v = high + low, rounded to nearest: products of two low parts cancel. A NaN or an infinity is in one of them.
+__device__ __forceinline__ void split(float v, u32& high, u32& low) {
+  high = (__float_as_uint(v) + 0x1000u) & 0xffffe000u;
+  low = __float_as_uint(v - __uint_as_float(high));
+}
+
+// Of a parameter; what is fed to `multiply` as it is loses its lower bits there.
+__device__ __forceinline__ u32 rest(float v) {
+  return __float_as_uint(v - __uint_as_float(__float_as_uint(v) & 0xffffe000u));
+}
+
+// The parameters of one step, in the registers of one warp
+struct Factors {
+  float left[TILES_M][TILES_K][4], right[TILES_N][TILES_N][2];
+
+  // K1, K2, or their transposes. Returns whether all are finite.
+  template <bool TRANSPOSED> __device__ __forceinline__ bool load(const store* k1, const store* k2) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float spoilt = 0;
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+      for (int k = 0; k < TILES_K; ++k)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int i = 16 * m + g + 8 * (r % 2), l = 8 * k + 2 * t + r / 2;
+          const bool inside = (D1 % 16 == 0 || i < D1) && (D1 % 8 == 0 || l < D1);
+          left[m][k][r] = inside ? widen(TRANSPOSED ? k1[l * D1 + i] : k1[i * D1 + l]) : 0.0f;
+          spoilt = fmaf(left[m][k][r], 0.0f, spoilt);
+        }
+#pragma unroll
+    for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+      for (int k = 0; k < TILES_N; ++k)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int j = TILES_N * (2 * t + r) + k, c = TILES_N * g + n;
+          const bool inside = D2 % 8 == 0 || (j < D2 && c < D2);
+          right[k][n][r] = inside ? widen(TRANSPOSED ? k2[j * D2 + c] : k2[c * D2 + j]) : 0.0f;
+          spoilt = fmaf(right[k][n][r], 0.0f, spoilt);
+        }
+    return spoilt == 0;
+  }
+
+  // v <- K1 V K2^T in shared memory, rows of ROW numbers
+  __device__ __forceinline__ void apply(float* v) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float middle[TILES_M][TILES_N][4] = {};
+#pragma unroll
+    for (int k = 0; k < TILES_K; ++k) {
+      float rows[2][TILES_N];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float* row = v + (8 * k + 2 * t + r) * ROW + TILES_N * g;
+        if (TILES_N % 4 == 0) {
+          const Pack<float, 4> four = *(const Pack<float, 4>*)row;
+#pragma unroll
+          for (int n = 0; n < TILES_N; ++n) rows[r][n] = four.v[n % 4];
+        } else if (TILES_N == 2) {
+          const Pack<float, 2> two = *(const Pack<float, 2>*)row;
+#pragma unroll
+          for (int n = 0; n < TILES_N; ++n) rows[r][n] = two.v[n % 2];
+        } else {
+#pragma unroll
+          for (int n = 0; n < TILES_N; ++n) rows[r][n] = row[n];
+        }
+      }
+      u32 high[TILES_N][2], low[TILES_N][2];
+#pragma unroll
+      for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) split(rows[r][n], high[n][r], low[n][r]);
+#pragma unroll
+      for (int m = 0; m < TILES_M; ++m) {
+        u32 whole[4], part[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          whole[r] = __float_as_uint(left[m][k][r]);
+          part[r] = rest(left[m][k][r]);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES_N; ++n) {
+          if (!EXACT) multiply(middle[m][n], part, high[n]);
+          multiply(middle[m][n], whole, low[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES_N; ++n) multiply(middle[m][n], whole, high[n]);
+      }
+    }
+    float result[TILES_M][TILES_N][4] = {};
+#pragma unroll
+    for (int k = 0; k < TILES_N; ++k) {
+      u32 high[TILES_M][4], low[TILES_M][4];
+#pragma unroll
+      for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)  // rows g and g + 8 of column t, then of column t + 4
+          split(middle[m][k][r % 2 * 2 + r / 2], high[m][r], low[m][r]);
+#pragma unroll
+      for (int n = 0; n < TILES_N; ++n) {
+        u32 whole[2], part[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          whole[r] = __float_as_uint(right[k][n][r]);
+          part[r] = rest(right[k][n][r]);
+        }
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m) {
+          if (!EXACT) multiply(result[m][n], high[m], part);
+          multiply(result[m][n], low[m], whole);
+          multiply(result[m][n], high[m], whole);
+        }
+      }
+    }
+    __syncwarp();  // everybody has read
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * m + g + 8 * half;
+        if (D1 % 16 == 0 || row < D1) {
+          float* to = v + row * ROW + TILES_N * 2 * t;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            if (TILES_N == 4) {
+              Pack<float, 4> four;
+#pragma unroll
+              for (int n = 0; n < TILES_N; ++n) four.v[n % 4] = result[m][n][2 * half + c];
+              *(Pack<float, 4>*)(to + 4 * c) = four;
+            } else {
+#pragma unroll
+              for (int n = 0; n < TILES_N; ++n) to[TILES_N * c + n] = result[m][n][2 * half + c];
+            }
+          }
+        }
+      }
+  }
+};

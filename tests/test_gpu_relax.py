@@ -1,0 +1,355 @@
+"""Iterated solves of the GPU room against the CPU room's, on NumPy arrays through the stand-in and on a device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+import strategies
+from numpy.testing import assert_allclose, assert_array_equal
+from strategies import Problem
+
+from fpnumba.cpu import solve as cpu
+from fpnumba.gpu import _relax
+from fpnumba.reference import solve as reference
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+# kind, d1, d2: Kronecker factors, Monarch blocks and their size; rank and channels of the rest
+SHAPES = (
+    ("kronecker", 1, 1),
+    ("kronecker", 3, 5),
+    ("kronecker", 16, 8),
+    ("monarch", 4, 3),
+    ("monarch", 2, 16),
+    ("dplr", 0, 6),
+    ("dplr", 1, 33),
+    ("dplr", 8, 20),
+    ("householder", 0, 6),
+    ("householder", 3, 33),
+    ("householder", 8, 20),
+)
+LARGE = (
+    ("kronecker", 32, 32),
+    ("kronecker", 40, 36),
+    ("monarch", 16, 64),
+    ("monarch", 9, 120),
+    ("householder", 2, 1100),
+)
+
+
+class Room(NamedTuple):
+    """Where the arrays of a test lie."""
+
+    give: Callable[[Any], Any]
+    get: Callable[[Any], Any]
+
+
+def _put_on_device(array: Any) -> Any:
+    import cupy
+
+    if array is None:
+        return None
+    if array.dtype == BFLOAT16:
+        return cupy.asarray(array.view(np.uint16)).view(BFLOAT16)
+    return cupy.asarray(array)
+
+
+def _get_from_device(array: Any) -> Any:
+    import cupy
+
+    if array is None:
+        return None
+    if array.dtype == BFLOAT16:
+        return cupy.asnumpy(array.view(np.uint16)).view(BFLOAT16)
+    return cupy.asnumpy(array)
+
+
+@pytest.fixture(params=["simt", "cupy"])
+def room(request: pytest.FixtureRequest) -> Iterator[Room]:
+    if request.param == "simt":
+        request.getfixturevalue("simt_device")
+        yield Room(lambda a: a, lambda a: a)
+        return
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("no GPU")
+    yield Room(_put_on_device, _get_from_device)
+
+
+def made(
+    kind: str,
+    d1: int,
+    d2: int,
+    *,
+    batch: int = 2,
+    steps: int = 7,
+    dtype: str = "float64",
+    bound: float = 0.8,
+    gated: bool = False,
+    initial: bool = True,
+    seed: int = 0,
+) -> Problem:
+    """A problem of a shape of `SHAPES`."""
+    rng = np.random.default_rng(seed)
+    low = kind in strategies.LOW_RANK
+    rank, dim = (d1, d2) if low else (0, d1 * d2)
+    options: dict[str, Any] = {"gated": gated, "initial": initial, "bound": bound, "slowest": 0.9}
+    p = strategies.problem(
+        rng, kind if low else "dplr", batch=batch, steps=steps, dim=dim, rank=rank, **options
+    )
+    if kind == "kronecker":
+        shapes = (batch, steps, d1, d1), (batch, steps, d2, d2)
+        p = replace(p, kind=kind, params=tuple(strategies._scaled(rng, s, bound**0.5) for s in shapes))
+    elif kind == "monarch":
+        blocks = strategies._scaled(rng, (batch, steps, d1, d2, d2), 1.0)
+        p = replace(p, kind=kind, params=(blocks, rng.uniform(-bound, bound, (batch, steps, d1))))
+    return p.astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+
+
+def system(room: Room, p: Problem) -> tuple[Any, ...]:
+    return p.kind, tuple(room.give(a) for a in p.params), room.give(p.lam), room.give(p.gate)
+
+
+def ours(room: Room, p: Problem, adjoint: bool, chunk: int, guess: Any = None, **options: Any) -> Any:
+    """The room's answer, back on the host."""
+    source, initial = (p.hbar, None) if adjoint else (p.x, p.initial)
+    given = {"rtol": 1e-6, "atol": 0.0, "max_iter": 1000, "damping": 1.0} | options
+    arrays = room.give(source), room.give(initial), room.give(guess)
+    solved = _relax.solve(*system(room, p), *arrays, adjoint=adjoint, chunk=chunk, **given)
+    return type(solved)(*(room.get(a) for a in solved))
+
+
+def theirs(p: Problem, adjoint: bool, chunk: int, guess: Any = None, **options: Any) -> Any:
+    """The CPU room's answer: that of the same equations, for every mixer the general way."""
+    options = {"method": "chunked", "chunk": chunk} | options
+    if adjoint:
+        return cpu.solve_adjoint(*p.system, p.hbar, guess, **options)
+    return cpu.solve(*p.system, p.x, p.initial, guess, **options)
+
+
+def same(solved: Any, expected: Any, tolerance: float, counts: int = 0) -> None:
+    assert_allclose(solved.value, expected.value, rtol=tolerance, atol=tolerance)
+    assert_array_equal(solved.status, expected.status)
+    assert abs(solved.chunk_iterations - expected.chunk_iterations).max(initial=0) <= counts
+    assert_array_equal(solved.iterations, solved.chunk_iterations.max(axis=1, initial=0))
+    for got, want in zip(solved, expected, strict=True):
+        assert got.shape == want.shape
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_like_the_cpu_room(room: Room, shape: Any, adjoint: bool) -> None:
+    for chunk, gated, initial in ((2, False, True), (5, True, False), (7, False, False), (1, True, True)):
+        p = made(*shape, gated=gated, initial=initial)
+        if chunk == 1 and shape[0] in strategies.LOW_RANK:
+            continue  # there the CPU room counts in another way
+        expected = theirs(p, adjoint, chunk, rtol=1e-10)
+        solved = ours(room, p, adjoint, chunk, rtol=1e-10)
+        same(solved, expected, 1e-12)
+        assert_allclose(solved.residual, expected.residual, rtol=1e-2, atol=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_single_precision(room: Room, shape: Any, adjoint: bool) -> None:
+    p = made(*shape, dtype="float32", steps=11)
+    exact = p.astype("float64")
+    for chunk in (3, 11):
+        solved = ours(room, p, adjoint, chunk)
+        assert solved.value.dtype == np.float32
+        same(solved._replace(value=solved.value.astype(float)), theirs(exact, adjoint, chunk), 2e-5, counts=2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_half_types_are_solved_in_single_precision(room: Room, shape: Any, adjoint: bool, dtype: str) -> None:
+    p = made(*shape, dtype=dtype, steps=6, gated=adjoint)
+    for chunk in (4, 6):
+        solved = ours(room, p, adjoint, chunk)
+        assert solved.value.dtype == p.x.dtype
+        want = theirs(p.astype("float64"), adjoint, chunk)
+        eps = float(ml_dtypes.finfo(p.x.dtype).eps)
+        assert_allclose(solved.value.astype(float), want.value, rtol=eps, atol=1e-5)
+        assert (solved.status == 0).all()
+        assert abs(solved.iterations - want.iterations).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_steps(room: Room, shape: Any, dtype: str) -> None:
+    p = made(*shape, batch=1, steps=3, dtype=dtype, bound=0.5)
+    tolerance = 1e-9 if dtype == "float64" else 2e-5
+    for adjoint, chunk in ((False, 2), (True, 3)):
+        expected = theirs(p.astype("float64"), adjoint, chunk, rtol=1e-3)
+        same(ours(room, p, adjoint, chunk, rtol=1e-3), expected, tolerance)
+
+
+@pytest.mark.parametrize("shape", [("kronecker", 16, 8), ("monarch", 2, 16), ("householder", 2, 33)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_that_do_not_fit_into_shared_memory(
+    room: Room, shape: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = made(*shape, dtype=dtype, steps=9)
+    for adjoint, chunk in ((False, 9), (True, 4)):
+        near = ours(room, p, adjoint, chunk)
+        with monkeypatch.context() as patch:
+            patch.setattr(_relax, "MOST_SHARED", 0)
+            far = ours(room, p, adjoint, chunk)
+        same(far._replace(value=far.value.astype(float)), near._replace(value=near.value.astype(float)), 2e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("shape", [("kronecker", 3, 5), ("monarch", 4, 3), ("dplr", 2, 6)], ids=str)
+def test_few_steps_and_no_sequences(room: Room, shape: Any, steps: int) -> None:
+    for batch in (0, 2):
+        p = made(*shape, batch=batch, steps=steps)
+        for adjoint in (False, True):
+            same(ours(room, p, adjoint, 4, rtol=1e-10), theirs(p, adjoint, 4, rtol=1e-10), 1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_iterations_are_the_reference_s(room: Room, shape: Any) -> None:
+    p = made(*shape)
+    for max_iter in (1, 2):
+        for adjoint, chunk in ((False, 4), (True, 7)):
+            solved = ours(room, p, adjoint, chunk, max_iter=max_iter)
+            options: dict[str, Any] = {"method": "chunked", "chunk": chunk, "max_iter": max_iter}
+            if adjoint:
+                want = reference.solve_adjoint(*p.system, p.hbar, None, **options)
+            else:
+                want = reference.solve(*p.system, p.x, p.initial, None, **options)
+            assert_allclose(solved.value, want.value, rtol=1e-12, atol=1e-12)
+            assert_array_equal(solved.status, want.status)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_warm_start_and_damping(room: Room, shape: Any) -> None:
+    p = made(*shape)
+    for adjoint in (False, True):
+        for damping in (1.0, 0.6):
+            cold = ours(room, p, adjoint, 3, rtol=1e-10, damping=damping)
+            guess = p.h if damping == 1 else None
+            if damping != 1 or p.kind not in strategies.LOW_RANK:
+                same(cold, theirs(p, adjoint, 3, rtol=1e-10, damping=damping), 1e-12)
+            warm = ours(room, p, adjoint, 3, guess, rtol=1e-10, damping=damping)
+            if guess is not None:
+                same(warm, theirs(p, adjoint, 3, guess, rtol=1e-10, damping=damping), 1e-12)
+            again = ours(room, p, adjoint, 3, cold.value, damping=damping)
+            assert (again.iterations == 1).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zero_in_zero_out(room: Room, shape: Any) -> None:
+    p = made(*shape)
+    still = replace(p, x=np.zeros_like(p.x), initial=None, hbar=np.zeros_like(p.hbar))
+    for adjoint in (False, True):
+        for guess in (None, p.h):
+            solved = ours(room, still, adjoint, 3, guess)
+            assert not solved.value.any()
+            assert (solved.iterations == 1).all()
+            assert (solved.status == cpu.CONVERGED).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_nan_stays_in_its_sequence(room: Room, shape: Any, dtype: str) -> None:
+    p = made(*shape, batch=3, dtype=dtype)
+    clean, clean_adjoint = (ours(room, p, adjoint, 3) for adjoint in (False, True))
+    p.x[1, 4, -1] = np.nan
+    p.hbar[1, 3, 0] = np.inf
+    for adjoint, before in ((False, clean), (True, clean_adjoint)):
+        solved = ours(room, p, adjoint, 3)
+        assert solved.status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT, cpu.CONVERGED]
+        assert_array_equal(solved.value[[0, 2]], before.value[[0, 2]])
+        assert_array_equal(solved.residual[[0, 2]], before.residual[[0, 2]])
+        assert_array_equal(solved.chunk_iterations[1], theirs(p, adjoint, 3).chunk_iterations[1])
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 0], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_nan_in_the_mixer(room: Room, shape: Any, dtype: str) -> None:
+    p = made(*shape, batch=2, dtype=dtype)
+    p.params[0][1, 2].reshape(-1)[-1] = np.nan
+    for adjoint in (False, True):
+        assert ours(room, p, adjoint, 3).status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT]
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 0], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_divergence_is_said(room: Room, shape: Any, dtype: str) -> None:
+    p = made(*shape, dtype=dtype, bound=0.8)
+    wild = replace(p, params=(p.params[0], p.params[1] * 100), lam=np.full_like(p.lam, 0.1))
+    for adjoint in (False, True):
+        assert (ours(room, wild, adjoint, 3, max_iter=100_000).status == cpu.DIVERGED).all()
+        assert (ours(room, wild, adjoint, 3, max_iter=5).status == cpu.MAX_ITER).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_iteration_and_cotangents(room: Room, shape: Any, dtype: str) -> None:
+    small = {"float64": 1e-12, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}[dtype]
+    for gated, initial in ((False, True), (True, False)):
+        p = made(*shape, steps=4, gated=gated, initial=initial, dtype=dtype)
+        exact = p.astype("float64")
+        one = _relax.iterate(
+            *system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False
+        )
+        back = _relax.iterate(*system(room, p), room.give(p.hbar), None, room.give(p.h), adjoint=True)
+        for got, want in (
+            (one, reference.iterate(*exact.system, exact.x, exact.initial, exact.h)),
+            (back, reference.iterate_adjoint(*exact.system, exact.hbar, exact.h)),
+        ):
+            assert_allclose(room.get(got).astype(float), want, rtol=small, atol=small)
+        arrays = (room.give(a) for a in (p.x, p.initial, p.h, p.hbar))
+        bars = _relax.pull(*system(room, p), *arrays)
+        expected = reference.rnn_cotangents(*exact.system, exact.x, exact.initial, exact.h, exact.hbar)
+        for got, want in zip((*bars[:4], *bars[4]), (*expected[:4], *expected[4]), strict=True):
+            assert (got is None) == (want is None)
+            if want is not None:
+                assert got.dtype == p.x.dtype
+                assert_allclose(room.get(got).astype(float), want, rtol=small, atol=4 * small)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_one_iteration_and_cotangents_of_large_steps(room: Room, shape: Any, dtype: str) -> None:
+    p = made(*shape, batch=1, steps=2, dtype=dtype)
+    exact, small = p.astype("float64"), 1e-11 if dtype == "float64" else 1e-4
+    one = _relax.iterate(
+        *system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False
+    )
+    want = reference.iterate(*exact.system, exact.x, exact.initial, exact.h)
+    assert_allclose(room.get(one), want, rtol=small, atol=small)
+    bars = _relax.pull(*system(room, p), *(room.give(a) for a in (p.x, p.initial, p.h, p.hbar)))
+    expected = reference.rnn_cotangents(*exact.system, exact.x, exact.initial, exact.h, exact.hbar)
+    for got, want in zip(
+        (bars[0], *bars[2:4], *bars[4]), (expected[0], *expected[2:4], *expected[4]), strict=True
+    ):
+        assert_allclose(room.get(got), want, rtol=small, atol=small)
+
+
+def test_nothing_to_pull(room: Room) -> None:
+    for batch, steps in ((0, 3), (2, 0)):
+        p = made("kronecker", 3, 5, batch=batch, steps=steps)
+        bars = _relax.pull(*system(room, p), *(room.give(a) for a in (p.x, p.initial, p.h, p.hbar)))
+        assert [room.get(bars[n]).shape for n in (0, 2, 3)] == [p.x.shape, p.x.shape, (batch, 15)]
+        assert not room.get(bars[3]).any()
+        assert _relax.iterate(*system(room, p), room.give(p.x), None, room.give(p.h), adjoint=False).size == 0
+
+
+def test_default_chunk_fits() -> None:
+    for kind, d1, d2 in (*SHAPES, *LARGE):
+        p = made(kind, d1, d2, batch=1, steps=1)
+        for dtype in ("float64", "float32", "float16"):
+            chunk = _relax.default_chunk(kind, p.params, p.x.shape[2], np.dtype(dtype))
+            assert 1 <= chunk <= _relax.LONGEST_CHUNK
+
+
+def test_unknown_kind(room: Room) -> None:
+    p = made("kronecker", 1, 1)
+    with pytest.raises(ValueError, match="kind: 'sideways'"):
+        ours(room, replace(p, kind="sideways"), False, 2)
