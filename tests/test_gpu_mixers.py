@@ -322,14 +322,28 @@ def test_engines(simt_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         mixers.apply("circulant", (), p.x)
 
 
-@pytest.mark.parametrize("kind", LOW_RANK)
-@pytest.mark.parametrize("rank", range(9))
-@pytest.mark.parametrize("dim", [1024, 1000, 4099, 8192])
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(
+    ("kind", "rank", "dim", "dtype"),
+    [
+        ("dplr", 1, 1024, "float32"),
+        ("householder", 4, 1024, "float32"),
+        ("householder", 8, 1024, "float64"),
+        ("householder", 8, 1024, "bfloat16"),
+        ("householder", 5, 4099, "float32"),
+        ("dplr", 8, 8192, "float32"),
+        ("householder", 8, 8192, "float64"),
+        ("householder", 3, 8192, "float16"),
+        ("kronecker", 1, 1024, "float32"),
+        ("kronecker", 1, 8192, "float64"),
+        ("monarch", 1, 4096, "bfloat16"),
+        ("dense", 1, 1024, "float32"),
+        ("fixed", 1, 1024, "float32"),
+    ],
+)
 @pytest.mark.gpu
 def test_wide_steps_on_a_device(kind: str, rank: int, dim: int, dtype: str) -> None:
     from conftest import GpuRoom
 
     cupy = _device.xp()
     room = GpuRoom("cupy", cupy.asarray, cupy.asnumpy)
-    check(room, draw(kind, dim, rank, dtype, batch=2, steps=2), dtype)
+    check(room, draw(kind, dim, rank, dtype, batch=1, steps=3), dtype)
