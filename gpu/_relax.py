@@ -203,7 +203,7 @@ def _any_shape(
 def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
     """Whether `relax_kronecker` serves this solve."""
     small = (
-        mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+        mixer.kind == "kronecker" and min(mixer.d1, mixer.d2) > 0 and max(mixer.d1, mixer.d2) <= MOST_FACTOR
     )
     return small and _real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
 
@@ -218,7 +218,7 @@ def _most_warps(dim: int) -> int:
 
 
 def _kronecker_kernel(
-    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool
+    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool, segmented: bool
 ) -> tuple[Kernel, int]:
     """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
     rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
@@ -226,7 +226,7 @@ def _kronecker_kernel(
     held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
     blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
     macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
-    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated), ("SEGMENTED", segmented)) if v}
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
@@ -251,11 +251,12 @@ def _kronecker(
 ) -> None:
     """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
     batch, steps, _ = source.shape
+    xp, segments = _device.xp(), report.state.shape[1]
     warps = 1 << (chunk - 1).bit_length()
     kernel, shared = _kronecker_kernel(
-        _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
+        *(_report.store(source.dtype), mixer.d1, mixer.d2, warps),
+        *(adjoint, gate is not None, segments > 1),
     )
-    xp, segments = _device.xp(), report.state.shape[1]
     left = moved = None
     if segments > 1:
         left = xp.empty((2, batch * segments, mixer.dim), np.float32)
