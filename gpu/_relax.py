@@ -104,9 +104,9 @@ def _spare(mixer: _Mixer, groups: _Groups, vectors: int = 1) -> int:
 def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     """Steps of a chunk where the caller does not say.
 
-    Where the parameters of a step are kept in registers while it is iterated: as many steps as a block can hold. Others:
-    as many as fit into shared memory, two blocks side by side. Low-rank mixers: one, because a step's iterations
-    run over ``r`` numbers and no chunk makes them cheaper.
+    Where the parameters of a step are kept in registers while it is iterated: as many steps as a block can hold.
+    Others: as many as fit into shared memory, two blocks side by side. Low-rank mixers: one, because a step's
+    iterations run over ``r`` numbers and no chunk makes them cheaper.
     """
     mixer = _Mixer.of(kind, params, dim)
     if mixer.low_rank or _in_registers(mixer, dtype):

@@ -22,13 +22,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fpnumba.gpu import _device, _report
-from fpnumba.gpu._report import Solved, compute_dtype
+from fpnumba.gpu import _device, _report, _shapes
+from fpnumba.gpu._report import Solved
 
 __all__ = [
     "apply",
     "apply_transpose",
     "cotangent",
+    "default_chunk",
     "iterate",
     "linear_scan",
     "linear_scan_vjp",
@@ -41,6 +42,9 @@ __all__ = [
 Array = Any
 Params = tuple[Any, ...]
 Door = TypeVar("Door", bound=Callable[..., Any])
+
+# Steps of a chunk where the caller does not say: each of them is a thread's, where the mixer is a user's own.
+CHUNK = 64
 
 # Steps of a sequence that one block takes where steps do not depend on each other: one for each thread.
 PIECE = 128
@@ -325,6 +329,11 @@ def to_dense(kind: Any, params: Params, dim: int) -> Array:
 # Scans
 
 
+def default_chunk(kind: Any, params: Params, dim: int, dtype: Any) -> int:
+    """Steps of a chunk where the caller does not say."""
+    return CHUNK
+
+
 def _zeros_if_none(initial: Array | None, like: Array) -> Array:
     return _device.xp().zeros(like.shape[::2], like.dtype) if initial is None else initial
 
@@ -412,7 +421,7 @@ def _system(lam: Array, gate: Array | None, source: Array, initial: Array | None
 
 
 def _stopping(like: Array, rtol: float, atol: float, max_iter: int, damping: float) -> Any:
-    eps = float(np.finfo(compute_dtype(like.dtype)).eps)
+    eps = float(np.finfo(_shapes.real(like.dtype)).eps)
     return _kernels()[0].Stopping(eps, float(rtol), float(atol), int(max_iter), float(damping))
 
 
