@@ -129,13 +129,16 @@ def _run(
     )
     watch = _device.Watch(remaining)
     max_iter = int(options[2])
-    for n in range(chunks * max_iter):
-        if n == 0 or chunks > 1:
-            _device.launch(begin, batch * groups, THREADS, to_begin)
-        product()
-        _device.launch(scan, batch * groups, THREADS, to_scan)
-        if watch.look() == 0:
-            break
+    try:
+        for n in range(chunks * max_iter):
+            if n == 0 or chunks > 1:
+                _device.launch(begin, batch * groups, THREADS, to_begin)
+            product()
+            _device.launch(scan, batch * groups, THREADS, to_scan)
+            if watch.look() == 0:
+                break
+    finally:
+        watch.close()
 
 
 def solve(

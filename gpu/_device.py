@@ -195,6 +195,10 @@ def _takes_tf32() -> bool:
     return bool(linalg.get_compute_type(np.float32) == linalg.COMPUTE_TYPE_TF32)
 
 
+# Pinned memory that copies may still be on their way to, and what says that they have come.
+_arriving: list[tuple[Any, Any]] = []
+
+
 class Watch:
     """A number on the device that the host sees a few looks later, so that the device never waits for the host.
 
@@ -216,6 +220,14 @@ class Watch:
             self._memory = cuda.alloc_pinned_memory(4 * (late + 1))
             self._seen = np.frombuffer(self._memory, np.int32, late + 1)
             self._events = [cuda.Event(disable_timing=True) for _ in range(late + 1)]
+
+    def close(self) -> None:
+        """Nobody looks any more; copies that are on their way must not come to another's memory."""
+        if self._cuda is not None and self.looks:
+            last = self._events[(self.looks - 1) % (self.late + 1)]
+            with _lock:
+                _arriving[:] = [(memory, event) for memory, event in _arriving if not event.done]
+                _arriving.append((self._memory, last))
 
     def look(self) -> int | None:
         """Ask for the number as it is when the work that is queued now is done.

@@ -127,7 +127,8 @@ def cotangent(kind: Any, params: Params, x: Array, ybar: Array, *, engine: str |
         return (_mix.fixed_cotangent(params[0], x, ybar),)
     if kind == "dense":
         return (_mix.blocks_cotangent(params[0], None, x, ybar)[0],)
-    return _mix.blocks_cotangent(*params, x, ybar)
+    blocks, alpha = params
+    return _mix.blocks_cotangent(blocks, alpha, x, ybar)
 
 
 # --- dense forms --------------------------------------------------------------------------------------------------

@@ -264,6 +264,7 @@ def test_watch(gpu_room: Any) -> None:
         seen.append(watch.look())
         counter -= 1
     assert seen == [None, None, 7, 6, 5, 4, 3]
+    watch.close()
 
 
 @pytest.mark.gpu
