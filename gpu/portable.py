@@ -44,7 +44,7 @@ Params = tuple[Any, ...]
 Door = TypeVar("Door", bound=Callable[..., Any])
 
 # Steps of a chunk where the caller does not say: each of them is a thread's, where the mixer is a user's own.
-CHUNK = 64
+CHUNK = 128
 
 # Steps of a sequence that one block takes where steps do not depend on each other: one for each thread.
 PIECE = 128
