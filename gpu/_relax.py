@@ -102,12 +102,18 @@ def _spare(mixer: _Mixer, groups: _Groups, vectors: int = 1) -> int:
 
 
 def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
-    """Steps of a chunk where the caller does not say: as many as fit into shared memory, two blocks side by side.
+    """Steps of a chunk where the caller does not say.
 
-    Low-rank mixers: one, because a step's iterations run over ``r`` numbers and no chunk makes them cheaper.
+    Where the parameters of a step are kept in registers while it is iterated: as many steps as a block can hold.
+    Others: as many as fit into shared memory, two blocks side by side. Low-rank mixers: one, because a step's
+    iterations run over ``r`` numbers and no chunk makes them cheaper.
     """
-    if kind in ("dplr", "householder"):
+    mixer = _Mixer.of(kind, params, dim)
+    if mixer.low_rank or _in_registers(mixer, dtype):
         return 1
+    most = _most_warps(dim)
+    if _on_tensor_cores(mixer, dtype, most):
+        return most
     each = 2 * dim * _real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
@@ -150,11 +156,13 @@ def solve(
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
-    tensors = _on_tensor_cores(mixer, source.dtype, chunk, damping)
+    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype, chunk)
     report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
         serves = _kronecker if tensors else _any_shape
+        if damping == 1 and chunk == 1 and guess is None and _in_registers(mixer, source.dtype):
+            serves = _monarch
         serves(mixer, lam, gate, source, initial, guess, value, report, *options)
     inputs = (lam, source, gate, initial, guess, *params)
     return _report.summary(value, report, False, tuple(a for a in inputs if a is not None))
@@ -200,12 +208,12 @@ def _any_shape(
     _device.launch(kernel, batch, groups.threads, arguments, shared=shared)
 
 
-def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int, damping: float) -> bool:
+def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int) -> bool:
     """Whether `relax_kronecker` serves this solve."""
     small = (
-        mixer.kind == "kronecker" and 0 < min(mixer.d1, mixer.d2) and max(mixer.d1, mixer.d2) <= MOST_FACTOR
+        mixer.kind == "kronecker" and min(mixer.d1, mixer.d2) > 0 and max(mixer.d1, mixer.d2) <= MOST_FACTOR
     )
-    return small and _real(dtype) == np.float32 and damping == 1 and chunk <= _most_warps(mixer.dim)
+    return small and _real(dtype) == np.float32 and chunk <= _most_warps(mixer.dim)
 
 
 def _segments(batch: int, chunks: int) -> int:
@@ -218,7 +226,7 @@ def _most_warps(dim: int) -> int:
 
 
 def _kronecker_kernel(
-    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool
+    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool, segmented: bool
 ) -> tuple[Kernel, int]:
     """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
     rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
@@ -226,7 +234,7 @@ def _kronecker_kernel(
     held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
     blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
     macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
-    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated), ("SEGMENTED", segmented)) if v}
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
@@ -251,11 +259,12 @@ def _kronecker(
 ) -> None:
     """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
     batch, steps, _ = source.shape
+    xp, segments = _device.xp(), report.state.shape[1]
     warps = 1 << (chunk - 1).bit_length()
     kernel, shared = _kronecker_kernel(
-        _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
+        *(_report.store(source.dtype), mixer.d1, mixer.d2, warps),
+        *(adjoint, gate is not None, segments > 1),
     )
-    xp, segments = _device.xp(), report.state.shape[1]
     left = moved = None
     if segments > 1:
         left = xp.empty((2, batch * segments, mixer.dim), np.float32)
@@ -271,6 +280,66 @@ def _kronecker(
             *(np.int32(segments), np.int32(turn), left, moved),
         )
         _device.launch(kernel, batch * segments, 32 * warps, arguments, shared=shared)
+
+
+def _in_registers(mixer: _Mixer, dtype: Any) -> bool:
+    """Whether `relax_monarch` serves solves of this mixer in chunks of one step."""
+    size, words = mixer.d2, _real(dtype).itemsize // 4
+    power = size >= 4 and size & (size - 1) == 0 and size * words <= 64
+    return mixer.kind == "monarch" and power and mixer.dim <= 8 * 512
+
+
+def _monarch_kernel(
+    store: str, size: int, dim: int, threads: int, adjoint: bool, gated: bool
+) -> tuple[Kernel, int]:
+    """The kernel `relax_monarch` in blocks of `threads` channels, and its bytes of shared memory."""
+    cluster, bytes_, words = (
+        -(-dim // threads),
+        {"double": 8, "float": 4}.get(store, 2),
+        1 + (store == "double"),
+    )
+    shared = bytes_ * threads * size + 8 * words * threads + 24 * words * threads // 32 * cluster
+    # numbers that a thread holds: its part of M, and whatever else there is
+    held = min(255, words * (size + 20) + 48)
+    blocks = max(1, min(8, 65536 // (held * threads), MOST_SHARED // (shared + 1024)))
+    macros = {"STORE": store, "EDGE": size, "THREADS": threads, "BLOCKS": blocks}
+    macros |= {"CLUSTER": cluster} if cluster > 1 else {}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    return Kernel.of("relax_monarch.cu", "relax_monarch", macros), shared
+
+
+def _monarch(
+    mixer: _Mixer,
+    lam: Array,
+    gate: Array | None,
+    source: Array,
+    initial: Array | None,
+    guess: Array | None,
+    value: Array,
+    report: _report.Report,
+    adjoint: bool,
+    chunk: int,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> None:
+    """The kernel `relax_monarch`: one thread for each channel of a step."""
+    batch, steps, dim = source.shape
+    least = max(32, mixer.d2)
+    # Few sequences spread over more multiprocessors; the result is the same.
+    spread = batch * -(-dim // 128) <= _device.multiprocessors()
+    threads = next(t for t in (128 if spread else 256, 256, 512) if -(-dim // t) <= 8)
+    threads = min(threads, -(-dim // least) * least)
+    kernel, shared = _monarch_kernel(
+        _report.store(source.dtype), mixer.d2, dim, threads, adjoint, gate is not None
+    )
+    arguments = (
+        *(mixer.first, mixer.second, lam, gate, source, initial, value, np.int32(dim), np.int64(steps)),
+        *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
+        *(report.counts, report.change, report.scale, report.state),
+    )
+    _device.launch(kernel, batch * -(-dim // threads), threads, arguments, shared=shared)
 
 
 def _real(dtype: Any) -> np.dtype[Any]:

@@ -24,6 +24,7 @@ SHAPES = (
     ("kronecker", 16, 8),
     ("monarch", 4, 3),
     ("monarch", 2, 16),
+    ("monarch", 5, 8),
     ("dplr", 0, 6),
     ("dplr", 1, 33),
     ("dplr", 8, 20),
@@ -33,6 +34,7 @@ SHAPES = (
 )
 LARGE = (
     ("kronecker", 32, 32),
+    ("kronecker", 25, 10),
     ("kronecker", 40, 36),
     ("monarch", 16, 64),
     ("monarch", 9, 120),
@@ -109,6 +111,11 @@ def made(
     return p.astype(BFLOAT16 if dtype == "bfloat16" else dtype)
 
 
+def lengths(p: Problem) -> tuple[int, ...]:
+    """Of chunks: one step has kernels of its own, and low-rank mixers count in another way there."""
+    return (3,) if p.kind in strategies.LOW_RANK else (1, 3)
+
+
 def system(room: Room, p: Problem) -> tuple[Any, ...]:
     return p.kind, tuple(room.give(a) for a in p.params), room.give(p.lam), room.give(p.gate)
 
@@ -157,10 +164,10 @@ def test_like_the_cpu_room(room: Room, shape: Any, adjoint: bool) -> None:
 def test_single_precision(room: Room, shape: Any, adjoint: bool) -> None:
     p = made(*shape, dtype="float32", steps=11)
     exact = p.astype("float64")
-    for chunk in (3, 11):
+    for chunk in (*lengths(p), 8, 11):
         solved = ours(room, p, adjoint, chunk)
         assert solved.value.dtype == np.float32
-        same(solved._replace(value=solved.value.astype(float)), theirs(exact, adjoint, chunk), 2e-5, counts=2)
+        same(solved._replace(value=solved.value.astype(float)), theirs(exact, adjoint, chunk), 2e-5, counts=4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -168,14 +175,14 @@ def test_single_precision(room: Room, shape: Any, adjoint: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_half_types_are_solved_in_single_precision(room: Room, shape: Any, adjoint: bool, dtype: str) -> None:
     p = made(*shape, dtype=dtype, steps=6, gated=adjoint)
-    for chunk in (4, 6):
+    for chunk in (*lengths(p), 6):
         solved = ours(room, p, adjoint, chunk)
         assert solved.value.dtype == p.x.dtype
         want = theirs(p.astype("float64"), adjoint, chunk)
         eps = float(ml_dtypes.finfo(p.x.dtype).eps)
         assert_allclose(solved.value.astype(float), want.value, rtol=eps, atol=1e-5)
         assert (solved.status == 0).all()
-        assert abs(solved.iterations - want.iterations).max() <= 2
+        assert abs(solved.iterations - want.iterations).max() <= 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -183,7 +190,9 @@ def test_half_types_are_solved_in_single_precision(room: Room, shape: Any, adjoi
 def test_large_steps(room: Room, shape: Any, dtype: str) -> None:
     p = made(*shape, batch=1, steps=3, dtype=dtype, bound=0.5)
     tolerance = 1e-9 if dtype == "float64" else 2e-5
-    for adjoint, chunk in ((False, 2), (True, 3)):
+    for adjoint, chunk in ((False, 2), (True, 3), (False, 1), (True, 1)):
+        if chunk == 1 and p.kind in strategies.LOW_RANK:
+            continue
         expected = theirs(p.astype("float64"), adjoint, chunk, rtol=1e-3)
         same(ours(room, p, adjoint, chunk, rtol=1e-3), expected, tolerance)
 
@@ -214,8 +223,11 @@ def test_few_steps_and_no_sequences(room: Room, shape: Any, steps: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_few_iterations_are_the_reference_s(room: Room, shape: Any) -> None:
     p = made(*shape)
-    for max_iter in (1, 2):
-        for adjoint, chunk in ((False, 4), (True, 7)):
+    cases = [
+        (max_iter, adjoint, chunk) for max_iter in (1, 2) for adjoint in (False, True) for chunk in (1, 4, 7)
+    ]
+    for max_iter, adjoint, chunk in cases:
+        if chunk in (*lengths(p), 4, 7):
             solved = ours(room, p, adjoint, chunk, max_iter=max_iter)
             options: dict[str, Any] = {"method": "chunked", "chunk": chunk, "max_iter": max_iter}
             if adjoint:
@@ -248,34 +260,40 @@ def test_zero_in_zero_out(room: Room, shape: Any) -> None:
     still = replace(p, x=np.zeros_like(p.x), initial=None, hbar=np.zeros_like(p.hbar))
     for adjoint in (False, True):
         for guess in (None, p.h):
-            solved = ours(room, still, adjoint, 3, guess)
-            assert not solved.value.any()
-            assert (solved.iterations == 1).all()
-            assert (solved.status == cpu.CONVERGED).all()
+            for chunk in lengths(p):
+                solved = ours(room, still, adjoint, chunk, guess)
+                assert not solved.value.any()
+                assert (solved.iterations == 1).all()
+                assert (solved.status == cpu.CONVERGED).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_nan_stays_in_its_sequence(room: Room, shape: Any, dtype: str) -> None:
+    clean = made(*shape, batch=3, dtype=dtype)
     p = made(*shape, batch=3, dtype=dtype)
-    clean, clean_adjoint = (ours(room, p, adjoint, 3) for adjoint in (False, True))
     p.x[1, 4, -1] = np.nan
     p.hbar[1, 3, 0] = np.inf
-    for adjoint, before in ((False, clean), (True, clean_adjoint)):
-        solved = ours(room, p, adjoint, 3)
-        assert solved.status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT, cpu.CONVERGED]
-        assert_array_equal(solved.value[[0, 2]], before.value[[0, 2]])
-        assert_array_equal(solved.residual[[0, 2]], before.residual[[0, 2]])
-        assert_array_equal(solved.chunk_iterations[1], theirs(p, adjoint, 3).chunk_iterations[1])
+    for adjoint in (False, True):
+        for chunk in lengths(p):
+            before, solved = ours(room, clean, adjoint, chunk), ours(room, p, adjoint, chunk)
+            assert solved.status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT, cpu.CONVERGED]
+            assert_array_equal(solved.value[[0, 2]], before.value[[0, 2]])
+            assert_array_equal(solved.residual[[0, 2]], before.residual[[0, 2]])
+            assert not np.isfinite(solved.residual[1])
+            counts = theirs(p, adjoint, chunk).chunk_iterations[1]
+            assert abs(solved.chunk_iterations[1] - counts).max() <= (4 if dtype == "float32" else 0)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 0], ids=str)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_nan_in_the_mixer(room: Room, shape: Any, dtype: str) -> None:
-    p = made(*shape, batch=2, dtype=dtype)
-    p.params[0][1, 2].reshape(-1)[-1] = np.nan
-    for adjoint in (False, True):
-        assert ours(room, p, adjoint, 3).status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT]
+    for which in (0, 1):
+        p = made(*shape, batch=2, dtype=dtype)
+        p.params[which][1, 2].reshape(-1)[-1] = np.nan
+        for adjoint in (False, True):
+            for chunk in lengths(p):
+                assert ours(room, p, adjoint, chunk).status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT]
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 0], ids=str)
@@ -284,8 +302,33 @@ def test_divergence_is_said(room: Room, shape: Any, dtype: str) -> None:
     p = made(*shape, dtype=dtype, bound=0.8)
     wild = replace(p, params=(p.params[0], p.params[1] * 100), lam=np.full_like(p.lam, 0.1))
     for adjoint in (False, True):
-        assert (ours(room, wild, adjoint, 3, max_iter=100_000).status == cpu.DIVERGED).all()
-        assert (ours(room, wild, adjoint, 3, max_iter=5).status == cpu.MAX_ITER).all()
+        for chunk in lengths(p):
+            assert (ours(room, wild, adjoint, chunk, max_iter=100_000).status == cpu.DIVERGED).all()
+            assert (ours(room, wild, adjoint, chunk, max_iter=5).status == cpu.MAX_ITER).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [(("kronecker", 16, 8), 4), (("kronecker", 5, 7), 3), (("monarch", 20, 16), 1), (("monarch", 4, 3), 3)],
+    ids=str,
+)
+def test_the_order_of_threads_is_of_no_consequence(simt_device: Any, shape: Any, chunk: int) -> None:
+    """Neither does a sequence depend on how many multiprocessors it is spread over."""
+    room = Room(lambda a: a, lambda a: a)
+    p = made(*shape, batch=3, dtype="float32", gated=True)
+    for adjoint in (False, True):
+        first, *others = [
+            _with(simt_device, lambda: ours(room, p, adjoint, chunk), seed, resident, multiprocessors)  # noqa: B023
+            for seed, resident, multiprocessors in ((0, 1, 2), (1, 2, 2), (2, 3, 1000))
+        ]
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert_array_equal(a, b)
+
+
+def _with(machine: Any, run: Callable[[], Any], seed: int, resident: int, multiprocessors: int) -> Any:
+    machine.seed, machine.resident, machine.multiprocessors = seed, resident, multiprocessors
+    return run()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

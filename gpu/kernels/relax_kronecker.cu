@@ -14,7 +14,7 @@
 // once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, 2 D read and D
 // written by the scan.
 //
-// Macros: STORE (float, f16, bf16); D1, D2; WARPS; BLOCKS on a multiprocessor; ADJOINT, GATED 0 or 1.
+// Macros: STORE (float, f16, bf16); D1, D2; WARPS; BLOCKS on a multiprocessor; ADJOINT, GATED, SEGMENTED 0 or 1.
 #include "common.cuh"
 #include "relax_mix.cuh"
 #include "relax_rule.cuh"
@@ -25,6 +25,9 @@
 #endif
 #ifndef GATED
 #define GATED 0
+#endif
+#ifndef SEGMENTED
+#define SEGMENTED 0
 #endif
 
 constexpr int D = D1 * D2, THREADS = 32 * WARPS;
@@ -65,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 relax_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source,
                 const store* initial, const store* guess, store* value, i64 steps, int chunk, double eps, double rtol,
                 double atol, i64 max_iter, int* counts, double* change_out, double* scale_out, int* state_out,
-                int segments, int round, float* left, int* moved) {
+                int cut, int turn, float* left, int* moved) {
+  const int segments = SEGMENTED ? cut : 1, round = SEGMENTED ? turn : 0;
   const i64 b = blockIdx.x / segments;
   const int segment = blockIdx.x % segments;
   const int warp = threadIdx.x / 32;
