@@ -106,16 +106,23 @@ class Room:
         """Make this room's device the current one inside a ``with`` block."""
         return _AS_IT_IS if self.device is None else _gpu().at(self.device)
 
-    def for_the_host(self, array: Float) -> "Float | Later":
-        """What the host may want to know of a result: the array itself, or what fetches it from the device."""
-        return Later(_gpu().later(array)) if self.name == "gpu" else array
+    def for_the_host(self, array: Float, shape: tuple[int, ...]) -> "Float | Later":
+        """What the host may want to know of a result: the array in that shape, or what fetches it from the device."""
+        if self.name == "gpu":
+            return Later(_gpu().later(array), shape)
+        return array.reshape(shape)
 
 
 @dataclass(frozen=True)
 class Later:
     """Numbers that a device still has, and may not have computed yet."""
 
-    fetch: Callable[[], NDArray[Any]]
+    come: Callable[[], NDArray[Any]]
+    shape: tuple[int, ...]
+
+    def fetch(self) -> NDArray[Any]:
+        """The numbers; the device is waited for."""
+        return self.come().reshape(self.shape)
 
 
 _room_of = cache(Room)
@@ -619,6 +626,8 @@ def _bind(name: str, shape: tuple[int, ...], wanted: str, sizes: dict[str, int])
 
 
 def _broadcast(name: str, mine: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
+    if mine in (lead, ()):  # the usual case, without NumPy's pains
+        return lead
     try:
         return np.broadcast_shapes(lead, mine)
     except ValueError:

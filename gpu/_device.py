@@ -79,6 +79,7 @@ MISSING = (
     "for one of CUDA 12"
 )
 
+_NULL = np.uint64(0)
 _lock = threading.Lock()
 _loaded: dict[tuple[int, Kernel], Any] = {}
 _allowed: dict[tuple[int, Kernel], int] = {}  # dynamic shared memory that a kernel was allowed beyond 48 KiB
@@ -128,7 +129,7 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
     if blocks == 0:
         return
     function = _function(kernel, shared)
-    given = tuple(np.uint64(0) if a is None else a for a in arguments)
+    given = tuple([_NULL if a is None else a for a in arguments])
     function((blocks,), (threads,), given, shared_mem=shared)
 
 
