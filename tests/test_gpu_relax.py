@@ -223,7 +223,9 @@ def test_few_steps_and_no_sequences(room: Room, shape: Any, steps: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_few_iterations_are_the_reference_s(room: Room, shape: Any) -> None:
     p = made(*shape)
-    cases = [(max_iter, adjoint, chunk) for max_iter in (1, 2) for adjoint in (False, True) for chunk in (1, 4, 7)]
+    cases = [
+        (max_iter, adjoint, chunk) for max_iter in (1, 2) for adjoint in (False, True) for chunk in (1, 4, 7)
+    ]
     for max_iter, adjoint, chunk in cases:
         if chunk in (*lengths(p), 4, 7):
             solved = ours(room, p, adjoint, chunk, max_iter=max_iter)
@@ -360,12 +362,16 @@ def test_one_iteration_and_cotangents(room: Room, shape: Any, dtype: str) -> Non
 def test_one_iteration_and_cotangents_of_large_steps(room: Room, shape: Any, dtype: str) -> None:
     p = made(*shape, batch=1, steps=2, dtype=dtype)
     exact, small = p.astype("float64"), 1e-11 if dtype == "float64" else 1e-4
-    one = _relax.iterate(*system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False)
+    one = _relax.iterate(
+        *system(room, p), room.give(p.x), room.give(p.initial), room.give(p.h), adjoint=False
+    )
     want = reference.iterate(*exact.system, exact.x, exact.initial, exact.h)
     assert_allclose(room.get(one), want, rtol=small, atol=small)
     bars = _relax.pull(*system(room, p), *(room.give(a) for a in (p.x, p.initial, p.h, p.hbar)))
     expected = reference.rnn_cotangents(*exact.system, exact.x, exact.initial, exact.h, exact.hbar)
-    for got, want in zip((bars[0], *bars[2:4], *bars[4]), (expected[0], *expected[2:4], *expected[4]), strict=True):
+    for got, want in zip(
+        (bars[0], *bars[2:4], *bars[4]), (expected[0], *expected[2:4], *expected[4]), strict=True
+    ):
         assert_allclose(room.get(got), want, rtol=small, atol=small)
 
 
