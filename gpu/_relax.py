@@ -27,6 +27,8 @@ WIDE_DIM = 1024
 ROOM = 1024
 # Kronecker factors up to this size are mixed on tensor cores.
 MOST_FACTOR = 32
+# Warps of a block where each has steps of its own.
+WARPS = 4
 
 
 class _Mixer(NamedTuple):
@@ -61,12 +63,8 @@ class _Mixer(NamedTuple):
 
     def macros(self, wide: bool, **more: object) -> dict[str, object]:
         """How a kernel for this mixer is compiled; False and 0 are left to the sources."""
-        given = {
-            "STORE": _report.store(self.first.dtype),
-            "KIND": KINDS[self.kind],
-            "RANK": self.rank,
-            "WIDE": int(wide),
-        }
+        given: dict[str, object] = {"STORE": _report.store(self.first.dtype), "KIND": KINDS[self.kind]}
+        given |= {"RANK": self.rank, "WIDE": int(wide)}
         return {k: v for k, v in (given | more).items() if v or k == "KIND"}
 
 
@@ -111,9 +109,8 @@ def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     mixer = _Mixer.of(kind, params, dim)
     if mixer.low_rank or _in_registers(mixer, dtype):
         return 1
-    most = _most_warps(dim)
-    if _on_tensor_cores(mixer, dtype, most):
-        return most
+    if _on_tensor_cores(mixer, dtype):
+        return _most_warps(dim)
     each = 2 * dim * _real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
@@ -156,7 +153,7 @@ def solve(
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
-    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype, chunk)
+    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= _most_warps(dim)
     report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
@@ -208,12 +205,10 @@ def _any_shape(
     _device.launch(kernel, batch, groups.threads, arguments, shared=shared)
 
 
-def _on_tensor_cores(mixer: _Mixer, dtype: Any, chunk: int) -> bool:
-    """Whether `relax_kronecker` serves this solve."""
-    small = (
-        mixer.kind == "kronecker" and min(mixer.d1, mixer.d2) > 0 and max(mixer.d1, mixer.d2) <= MOST_FACTOR
-    )
-    return small and _real(dtype) == np.float32 and chunk <= _most_warps(mixer.dim)
+def _on_tensor_cores(mixer: _Mixer, dtype: Any) -> bool:
+    """Whether there are kernels that mix by `relax_tensor.cuh`."""
+    small = max(mixer.d1, mixer.d2) <= MOST_FACTOR and mixer.dim > 0
+    return mixer.kind == "kronecker" and small and bool(_real(dtype) == np.float32)
 
 
 def _segments(batch: int, chunks: int) -> int:
@@ -384,19 +379,22 @@ def iterate(
     mixer = _Mixer.of(kind, params, dim)
     real = _real(source.dtype)
     rows = batch * steps
-    groups = _groups(dim, 8, 256)
-    spare = _spare(mixer, groups)
     z = xp.empty(source.shape, real)
-    macros = mixer.macros(groups.wide, ADJOINT=int(adjoint), GATED=int(gate is not None))
-    arguments = (
-        *(mixer.first, mixer.second, lam, gate, source, value, z, *mixer.shape),
-        *(np.int64(rows), np.int32(spare)),
-    )
-    shared = groups.count * (dim + spare) * real.itemsize
-    mix = Kernel.of("relax.cu", "mix_steps", macros)
-    _device.launch(mix, -(-rows // groups.count), groups.threads, arguments, shared=shared)
+    macros = mixer.macros(False, ADJOINT=int(adjoint), GATED=int(gate is not None))
+    arrays = (mixer.first, mixer.second, lam, gate, source, value, z)
+    if _on_tensor_cores(mixer, source.dtype):
+        mix = _kronecker_steps("mix_kronecker", macros, mixer)
+        shared = WARPS * _rows_of_tiles(mixer) * (8 * -(-mixer.d2 // 8) + 4) * real.itemsize
+        _device.launch(mix, -(-rows // WARPS), 32 * WARPS, (*arrays, np.int64(rows)), shared=shared)
+    else:
+        groups = _groups(dim, 8, 256)
+        spare = _spare(mixer, groups)
+        mix = Kernel.of("relax.cu", "mix_steps", macros | ({"WIDE": 1} if groups.wide else {}))
+        shared = groups.count * (dim + spare) * real.itemsize
+        arguments = (*arrays, *mixer.shape, np.int64(rows), np.int32(spare))
+        _device.launch(mix, -(-rows // groups.count), groups.threads, arguments, shared=shared)
+    scan = Kernel.of("relax.cu", "scan_steps", {k: macros[k] for k in ("STORE", "ADJOINT") if k in macros})
     arguments = lam, z, initial, new, np.int64(batch * dim), np.int32(dim), np.int64(steps)
-    scan = Kernel.of("relax.cu", "scan_steps", macros)
     _device.launch(scan, -(-batch * dim // 128), 128, arguments)
     return new
 
@@ -434,19 +432,59 @@ def pull(
     rows = batch * steps
     if rows > 0:
         real = _real(x.dtype)
-        groups = _groups(dim, 8, 256)
-        spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
-        shared, blocks, scratch = groups.count * spare * real.itemsize, -(-rows // groups.count), None
-        if shared > MOST_SHARED:
-            blocks = min(blocks, 2 * _device.multiprocessors())
-            shared, scratch = 0, xp.empty((blocks, groups.count * spare), real)
-        arguments = (
-            *(mixer.first, mixer.second, lam, gate, x, initial, h, s, lam_bar, gate_bar, x_bar, initial_bar),
-            *(*bars, scratch, *mixer.shape, np.int64(rows), np.int64(steps), np.int32(spare)),
+        macros = mixer.macros(False, GATED=int(gate is not None))
+        arrays = (
+            mixer.first,
+            mixer.second,
+            lam,
+            gate,
+            x,
+            initial,
+            h,
+            s,
+            lam_bar,
+            gate_bar,
+            x_bar,
+            initial_bar,
+            *bars,
         )
-        kernel = Kernel.of("relax_pull.cu", "pull", mixer.macros(groups.wide, GATED=int(gate is not None)))
-        _device.launch(kernel, blocks, groups.threads, arguments, shared=shared)
+        if _on_tensor_cores(mixer, x.dtype):
+            tall, broad = (16 * -(-d // 16) for d in (mixer.d1, mixer.d2))
+            space = 2 * tall * (broad + 4) + tall * (tall + 4) + broad * (broad + 4)
+            kernel = _kronecker_steps("pull_kronecker", macros, mixer)
+            arguments = (*arrays, np.int64(rows), np.int64(steps))
+            shared = WARPS * space * real.itemsize
+            _device.launch(kernel, -(-rows // WARPS), 32 * WARPS, arguments, shared=shared)
+        else:
+            _pull_any_shape(mixer, macros, arrays, rows, steps)
     return lam_bar, gate_bar, x_bar, initial_bar, bars
+
+
+def _pull_any_shape(
+    mixer: _Mixer, macros: dict[str, object], arrays: tuple[Array, ...], rows: int, steps: int
+) -> None:
+    """The kernel `pull`, with scratch in shared memory if it fits there."""
+    real = _real(mixer.first.dtype)
+    groups = _groups(mixer.dim, 8, 256)
+    spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
+    shared, blocks, scratch = groups.count * spare * real.itemsize, -(-rows // groups.count), None
+    if shared > MOST_SHARED:
+        blocks = min(blocks, 2 * _device.multiprocessors())
+        shared, scratch = 0, _device.xp().empty((blocks, groups.count * spare), real)
+    kernel = Kernel.of("relax_pull.cu", "pull", macros | ({"WIDE": 1} if groups.wide else {}))
+    arguments = (*arrays, scratch, *mixer.shape, np.int64(rows), np.int64(steps), np.int32(spare))
+    _device.launch(kernel, blocks, groups.threads, arguments, shared=shared)
+
+
+def _rows_of_tiles(mixer: _Mixer) -> int:
+    """Rows of a step in shared memory, see relax_tensor.cuh."""
+    return 8 * -(-mixer.d1 // 8)
+
+
+def _kronecker_steps(function: str, macros: dict[str, object], mixer: _Mixer) -> Kernel:
+    """A kernel of `relax_pull_kronecker.cu`, where warps take steps that are independent of each other."""
+    given = {k: macros[k] for k in ("STORE", "ADJOINT", "GATED") if k in macros}
+    return Kernel.of("relax_pull_kronecker.cu", function, given | {"D1": mixer.d1, "D2": mixer.d2})
 
 
 def representative() -> list[Kernel]:

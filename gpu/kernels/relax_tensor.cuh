@@ -23,6 +23,9 @@ constexpr int TILES_M = over(D1, 16), TILES_N = over(D2, 8), TILES_K = over(D1, 
 // A row in shared memory, and the rows that are read of it: what is beyond D1 and D2 must be zero
 constexpr int ROW = 8 * TILES_N + 4, ROWS = 8 * TILES_K, STEP = ROWS * ROW;
 
+// Columns of a row that a thread can read at once, one for each tile
+constexpr int TOGETHER = TILES_N == 4 ? 4 : TILES_N == 2 ? 2 : 1;
+
 constexpr bool EXACT = sizeof(store) == 2;  // parameters have no second half
 
 // d += a b for tiles 16 x 8 and 8 x 8, of which the leading eleven bits count
@@ -67,29 +70,58 @@ struct Factors {
   // K1, K2, or their transposes. Returns whether all are finite.
   template <bool TRANSPOSED> __device__ __forceinline__ bool load(const store* k1, const store* k2) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+      for (int k = 0; k < TILES_K; ++k)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = 16 * m + g + 8 * half, l = 8 * k + 2 * t;
+          if (!TRANSPOSED && D1 % 8 == 0) {
+            const bool inside = D1 % 16 == 0 || i < D1;
+            const Pack<store, 2> two = *(const Pack<store, 2>*)(k1 + (inside ? i * D1 + l : 0));
+#pragma unroll
+            for (int r = 0; r < 2; ++r) left[m][k][half + 2 * r] = inside ? widen(two.v[r]) : 0.0f;
+          } else {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const bool inside = (D1 % 16 == 0 || i < D1) && (D1 % 8 == 0 || l + r < D1);
+              left[m][k][half + 2 * r] = inside ? widen(TRANSPOSED ? k1[(l + r) * D1 + i] : k1[i * D1 + l + r]) : 0.0f;
+            }
+          }
+        }
+#pragma unroll
+    for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // for transposes `n` is the tile that is summed over, else the column's; what varies in a row is the other
+        const int j = TILES_N * (2 * t + r), c = TILES_N * g;
+        if (D2 % 8 == 0 && TOGETHER == TILES_N) {
+          typedef Pack<store, TOGETHER> row;
+          const row four = *(const row*)(TRANSPOSED ? k2 + (j + n) * D2 + c : k2 + (c + n) * D2 + j);
+#pragma unroll
+          for (int k = 0; k < TILES_N; ++k) right[TRANSPOSED ? n : k][TRANSPOSED ? k : n][r] = widen(four.v[k % TOGETHER]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < TILES_N; ++k) {
+            const bool inside = D2 % 8 == 0 || (j + k < D2 && c + n < D2);
+            right[k][n][r] = inside ? widen(TRANSPOSED ? k2[(j + k) * D2 + c + n] : k2[(c + n) * D2 + j + k]) : 0.0f;
+          }
+        }
+      }
     float spoilt = 0;
 #pragma unroll
     for (int m = 0; m < TILES_M; ++m)
 #pragma unroll
       for (int k = 0; k < TILES_K; ++k)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int i = 16 * m + g + 8 * (r % 2), l = 8 * k + 2 * t + r / 2;
-          const bool inside = (D1 % 16 == 0 || i < D1) && (D1 % 8 == 0 || l < D1);
-          left[m][k][r] = inside ? widen(TRANSPOSED ? k1[l * D1 + i] : k1[i * D1 + l]) : 0.0f;
-          spoilt = fmaf(left[m][k][r], 0.0f, spoilt);
-        }
+        for (int r = 0; r < 4; ++r) spoilt = fmaf(left[m][k][r], 0.0f, spoilt);
 #pragma unroll
-    for (int n = 0; n < TILES_N; ++n)
+    for (int k = 0; k < TILES_N; ++k)
 #pragma unroll
-      for (int k = 0; k < TILES_N; ++k)
+      for (int n = 0; n < TILES_N; ++n)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int j = TILES_N * (2 * t + r) + k, c = TILES_N * g + n;
-          const bool inside = D2 % 8 == 0 || (j < D2 && c < D2);
-          right[k][n][r] = inside ? widen(TRANSPOSED ? k2[j * D2 + c] : k2[c * D2 + j]) : 0.0f;
-          spoilt = fmaf(right[k][n][r], 0.0f, spoilt);
-        }
+        for (int r = 0; r < 2; ++r) spoilt = fmaf(right[k][n][r], 0.0f, spoilt);
     return spoilt == 0;
   }
 
@@ -103,14 +135,10 @@ struct Factors {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float* row = v + (8 * k + 2 * t + r) * ROW + TILES_N * g;
-        if (TILES_N % 4 == 0) {
-          const Pack<float, 4> four = *(const Pack<float, 4>*)row;
+        if (TOGETHER == TILES_N) {
+          const Pack<float, TOGETHER> some = *(const Pack<float, TOGETHER>*)row;
 #pragma unroll
-          for (int n = 0; n < TILES_N; ++n) rows[r][n] = four.v[n % 4];
-        } else if (TILES_N == 2) {
-          const Pack<float, 2> two = *(const Pack<float, 2>*)row;
-#pragma unroll
-          for (int n = 0; n < TILES_N; ++n) rows[r][n] = two.v[n % 2];
+          for (int n = 0; n < TILES_N; ++n) rows[r][n] = some.v[n % TOGETHER];
         } else {
 #pragma unroll
           for (int n = 0; n < TILES_N; ++n) rows[r][n] = row[n];
