@@ -62,6 +62,9 @@ _module = cache(importlib.import_module)
 # --- rooms --------------------------------------------------------------------------------------------------
 
 
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
 def _gpu() -> Any:
     """What is asked of a device; nothing of it is imported before the first GPU array."""
     return _module("fpnumba.gpu._host")
@@ -101,18 +104,28 @@ class Room:
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this room's device the current one inside a ``with`` block."""
-        return nullcontext() if self.device is None else _gpu().at(self.device)  # type: ignore[no-any-return]
+        return _AS_IT_IS if self.device is None else _gpu().at(self.device)
 
-    def for_the_host(self, array: Float) -> "Float | Later":
-        """What the host may want to know of a result: the array itself, or what fetches it from the device."""
-        return Later(_gpu().later(array)) if self.name == "gpu" else array
+    def for_the_host(self, array: Float, shape: tuple[int, ...]) -> "Float | Later":
+        """What the host may want to know of a result: the array in that shape, or what fetches it from the device."""
+        if self.name == "gpu":
+            return Later(_gpu().later(array), shape)
+        return array.reshape(shape)
 
 
 @dataclass(frozen=True)
 class Later:
     """Numbers that a device still has, and may not have computed yet."""
 
-    fetch: Callable[[], NDArray[Any]]
+    come: Callable[[], NDArray[Any]]
+    shape: tuple[int, ...]
+
+    def fetch(self) -> NDArray[Any]:
+        """The numbers; the device is waited for."""
+        return self.come().reshape(self.shape)
+
+
+_room_of = cache(Room)
 
 
 class _OnDevice:
@@ -206,7 +219,7 @@ def use_engine(name: str) -> Iterator[None]:
 
     ``raw`` are the tuned kernels in CUDA C; ``numba`` are their readable twins in numba.cuda, which also take a
     user's own mixer. Without this the room takes ``raw`` where there is one. What is asked for by name runs or
-    raises. Arrays on the CPU are not concerned.
+    raises. Arrays on the CPU are not concerned. A pullback takes the engine of the block in which it is called.
 
     Parameters
     ----------
@@ -249,7 +262,7 @@ def _serving(name: str, kind: str, device: int | None, asked: str | None) -> Roo
             f"argument `{name}`: got {kind} on a GPU inside use_room({asked!r}), and nothing is moved; "
             "move it first (cupy.asnumpy(x), x.cpu(), jax.device_get(x))"
         )
-    return Room("gpu", device) if device is not None else Room(asked or "cpu")
+    return _room_of("gpu", device) if device is not None else _room_of(asked or "cpu")
 
 
 # --- kinds of array -----------------------------------------------------------------------------------------
@@ -290,11 +303,12 @@ def _look(argument: str, array: Any) -> tuple[str, int | None]:
         raise TypeError(f"argument `{argument}`: got {_called(array)}, expected an array without a mask")
     if isinstance(array, np.ndarray):
         return "numpy", None
-    if compat.is_cupy_array(array):
+    if is_cupy(array):
         return "cupy", int(array.device.id)
     jax = compat.is_jax_array(array)
     exchanges = hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
-    shares = hasattr(array, "__cuda_array_interface__")
+    # A tensor that requires grad would not even let itself be asked
+    shares = not (jax or exchanges) and hasattr(array, "__cuda_array_interface__")
     if isinstance(array, type) or not (jax or exchanges or shares):
         raise TypeError(
             f"argument `{argument}`: got {_called(array)}, expected a NumPy or CuPy array, or another array "
@@ -302,8 +316,9 @@ def _look(argument: str, array: Any) -> tuple[str, int | None]:
         )
     if shares and type(array).__module__.partition(".")[0] in ("numba", "numba_cuda"):
         _gpu().require()
-        return "numba", int(neighbour("numba").take(array).device.id)
-    if not (jax or exchanges):
+        view: Any = neighbour("numba").take(array)
+        return "numba", int(view.device.id)
+    if shares:
         raise TypeError(
             f"argument `{argument}`: {_called(array)} can be read through __cuda_array_interface__, but its library "
             "has no from_dlpack to take the result; pass cupy.asarray(x)"
@@ -342,14 +357,19 @@ def neighbour(kind: str) -> Neighbour:
     return module  # type: ignore[no-any-return]
 
 
-def namespace(view: Float) -> Any:
+def namespace(view: Any) -> Any:
     """The array module of an array inside the house: NumPy, or CuPy."""
     return np if isinstance(view, np.ndarray) else _gpu().xp()
 
 
-def to_numpy(view: Float) -> NDArray[Any]:
+def to_numpy(view: Any) -> NDArray[Any]:
     """An array inside the house as one of NumPy; a GPU array is waited for."""
-    return view if isinstance(view, np.ndarray) else _gpu().later(view)()  # type: ignore[no-any-return]
+    return view if isinstance(view, np.ndarray) else _gpu().later(view)()
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether it is an array of CuPy's, which need not be installed."""
+    return compat.is_cupy_array(array)
 
 
 def _called(thing: Any) -> str:
@@ -406,18 +426,20 @@ class Checked:
     def __getitem__(self, name: str) -> Float:
         """The argument as the room takes it: ``(B, ...)``, C-contiguous, in the dtype `carried`."""
         view, rank = self._views[name], self._rank[name]
-        with self.room.current():
-            if rank >= 0:
-                trailing = view.shape[view.ndim - rank :]
-                if view.shape != self.lead + trailing:
-                    view = self.room.xp.broadcast_to(view, self.lead + trailing)
-                view = view.reshape((self.batch, *trailing))
-            return self._laid_out(view)
+        if rank >= 0:
+            trailing = view.shape[view.ndim - rank :]
+            if view.shape != self.lead + trailing:
+                view = namespace(view).broadcast_to(view, self.lead + trailing)
+            if view.ndim != rank + 1:
+                with self.room.current():
+                    view = view.reshape((self.batch, *trailing))
+        return self._laid_out(view)
 
     def _laid_out(self, view: Float) -> Float:
-        if self.room.name == "gpu":
-            return self.room.xp.ascontiguousarray(view)  # type: ignore[no-any-return]
-        return _for_a_room(view, self.compute)
+        if self.room.device is None:
+            return _for_a_room(view, self.compute)
+        with self.room.current():
+            return namespace(view).ascontiguousarray(view)  # type: ignore[no-any-return]
 
     def zeros(self, shape: tuple[int, ...]) -> Float:
         """Zeros as the room takes them."""
@@ -508,31 +530,31 @@ def check(arguments: Mapping[str, tuple[Array, str | None]], *, any_room: bool =
     """
     given = {name: array for name, (array, _) in arguments.items() if array is not None}
     looks = {name: _look(name, array) for name, array in given.items()}
-    _same(
-        "are on different devices",
-        {name: _place(look[1]) for name, look in looks.items()},
-        "move them to one first",
-    )
-    kind = _same("are of different kinds", {name: look[0] for name, look in looks.items()}, _CONVERT)
-    first, (_, device) = next(iter(looks.items()))
+    first, (kind, device) = next(iter(looks.items()))
+    if len(set(looks.values())) > 1:
+        places = {name: _place(look[1]) for name, look in looks.items()}
+        _same("are on different devices", places, "move them to one first")
+        _same("are of different kinds", {name: look[0] for name, look in looks.items()}, _CONVERT)
     served = _serving(first, kind, device, None if any_room else _room.get())
     if device is not None:
         _gpu().require()
+    # What CUDA says then is of no argument in particular
+    refusals = _REFUSALS if device is None else _REFUSALS[:-1]
     host = neighbour(kind)
     views: dict[str, Float] = {}
     dtypes: dict[str, str] = {}
-    for name, array in given.items():
-        try:
-            dtypes[name] = host.dtype_name(array)
-            if dtypes[name] in DTYPES:
-                with served.current():
+    with served.current():
+        for name, array in given.items():
+            try:
+                dtypes[name] = host.dtype_name(array)
+                if dtypes[name] in DTYPES:
                     views[name] = host.take(array)
-        except (TypeError, ValueError, RuntimeError, BufferError) as reason:
-            raise TypeError(f"argument `{name}`: {reason}") from None
-        if dtypes[name] not in DTYPES:
-            raise TypeError(
-                f"argument `{name}`: got dtype {dtypes[name]}, expected one of {', '.join(DTYPES)}"
-            )
+            except refusals as reason:
+                raise TypeError(f"argument `{name}`: {reason}") from None
+            if dtypes[name] not in DTYPES:
+                raise TypeError(
+                    f"argument `{name}`: got dtype {dtypes[name]}, expected one of {', '.join(DTYPES)}"
+                )
     dtype = _same("are of different dtypes", dtypes, _CONVERT)
     sizes: dict[str, int] = {}
     rank: dict[str, int] = {}
@@ -567,6 +589,7 @@ def _for_a_room(array: Float, dtype: np.dtype[Any]) -> Float:
 
 
 _CONVERT = "convert them to one first"
+_REFUSALS = (TypeError, ValueError, BufferError, RuntimeError)
 
 
 def _same(complaint: str, found: dict[str, str], remedy: str) -> str:
@@ -603,6 +626,8 @@ def _bind(name: str, shape: tuple[int, ...], wanted: str, sizes: dict[str, int])
 
 
 def _broadcast(name: str, mine: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
+    if mine in (lead, ()):  # the usual case, without NumPy's pains
+        return lead
     try:
         return np.broadcast_shapes(lead, mine)
     except ValueError:
@@ -619,10 +644,11 @@ def _sum_to(array: Float, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Float
     axes = (*range(extra), *stretched)
     if not axes:
         return array.reshape(shape)
-    return array.astype(dtype, copy=False).sum(axis=axes, keepdims=True).reshape(shape)
+    total: Float = array.astype(dtype, copy=False).sum(axis=axes, keepdims=True)
+    return total.reshape(shape)
 
 
-def _extremes(view: Float) -> tuple[Any, Any]:
+def _extremes(view: Any) -> tuple[Any, Any]:
     """The smallest and the largest element that is a number; a GPU is waited for."""
     if isinstance(view, np.ndarray):
         return np.fmin.reduce(view, axis=None), np.fmax.reduce(view, axis=None)

@@ -166,12 +166,13 @@ class Solution:
 
     def __getattr__(self, name: str) -> Any:
         # Asked only for what is not there: not yet, or not at all
-        later = self.__dict__.get("_waiting", {}).get(name)
-        if later is None:
+        waiting = self.__dict__.get("_waiting", {})
+        if name in waiting:
+            object.__setattr__(self, name, waiting[name].fetch())
+            waiting.pop(name)
+        if name not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        found = later.fetch()
-        object.__setattr__(self, name, found)
-        return found
+        return self.__dict__[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("value", "method", *_REPORTED)}

@@ -256,7 +256,7 @@ class Problem:
         lead, chunks = self.call.lead, solved.chunk_iterations.shape[1:]
 
         def told(array: Any, *rest: int) -> Any:
-            return self.room.for_the_host(array.reshape((*lead, *rest)))
+            return self.room.for_the_host(array, (*lead, *rest))
 
         with self.room.current():
             return Solution(

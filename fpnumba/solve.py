@@ -108,12 +108,18 @@ class Solver:
         together until the `quantile` (default: the maximum) of it is below `rtol`, or every step size is
         below 1e-3.
     on_failure : {"warn", "raise", "ignore"}
-        What to do about sequences that did not converge; their status says so in any case.
+        What to do about sequences that did not converge; their status says so in any case. On a GPU, ``warn`` and
+        ``raise`` wait for the solve, once, at its end; ``ignore`` waits for nothing.
 
     Raises
     ------
     ValueError, TypeError
         For options out of range, and for options that the chosen method cannot honour.
+
+    Notes
+    -----
+    Policies of the whole iteration (those of rule 2) are decided on the host: on a GPU, each of their iterations
+    waits for the residuals. What is stored in float16 or bfloat16 is iterated in float32 there as everywhere.
 
     Examples
     --------

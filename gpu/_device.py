@@ -79,6 +79,7 @@ MISSING = (
     "for one of CUDA 12"
 )
 
+_NULL = np.uint64(0)
 _lock = threading.Lock()
 _loaded: dict[tuple[int, Kernel], Any] = {}
 _allowed: dict[tuple[int, Kernel], int] = {}  # dynamic shared memory that a kernel was allowed beyond 48 KiB
@@ -128,7 +129,7 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
     if blocks == 0:
         return
     function = _function(kernel, shared)
-    given = tuple(np.uint64(0) if a is None else a for a in arguments)
+    given = tuple([_NULL if a is None else a for a in arguments])
     function((blocks,), (threads,), given, shared_mem=shared)
 
 
@@ -153,3 +154,102 @@ def resident(kernel: Kernel, threads: int, *, shared: int = 0) -> int:
     function = _function(kernel, shared)
     each = driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
     return int(each) * multiprocessors()
+
+
+# Shared memory that a block may have where there is no device to ask: that of a Hopper.
+SHARED_LIMIT = 227 * 1024
+
+
+@cache
+def _shared_limit(device: int) -> int:
+    return int(xp().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have on the current device."""
+    cuda = getattr(xp(), "cuda", None)
+    return SHARED_LIMIT if cuda is None else _shared_limit(cuda.Device().id)
+
+
+def matmul(a: Any, b: Any, out: Any = None) -> Any:
+    """The product of two matrices or batches of them, ``float32`` in full precision.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy has been told to take TF32 for ``float32``, which has ten bits: no tolerance could be met.
+    """
+    array = xp()
+    if hasattr(array, "cuda") and np.dtype(np.float32) in (a.dtype, b.dtype) and _takes_tf32():
+        raise RuntimeError(
+            "CuPy multiplies float32 matrices in TF32 (CUPY_TF32=1), with errors of 1e-3; the mixers 'fixed' and "
+            "'dense' promise more: unset CUPY_TF32, or use float64"
+        )
+    if a.ndim == b.ndim == 2:  # the same, with less work for the host
+        return array.dot(a, b, out)
+    return array.matmul(a, b, out=out)
+
+
+def _takes_tf32() -> bool:
+    from cupy._core import _routines_linalg as linalg
+
+    return bool(linalg.get_compute_type(np.float32) == linalg.COMPUTE_TYPE_TF32)
+
+
+# Pinned memory that copies may still be on their way to, and what says that they have come.
+_arriving: list[tuple[Any, Any]] = []
+
+
+class Watch:
+    """A number on the device that the host sees a few looks later, so that the device never waits for the host.
+
+    Parameters
+    ----------
+    counter : array of one int32
+        What to look at.
+    late : int
+        How many looks later.
+    """
+
+    def __init__(self, counter: Any, late: int = 2) -> None:
+        self.counter, self.late, self.looks = counter, late, 0
+        cuda = getattr(xp(), "cuda", None)
+        self._cuda = cuda
+        if cuda is None:
+            self._seen = np.zeros(late + 1, np.int32)
+        else:
+            self._memory = cuda.alloc_pinned_memory(4 * (late + 1))
+            self._seen = np.frombuffer(self._memory, np.int32, late + 1)
+            self._events = [cuda.Event(disable_timing=True) for _ in range(late + 1)]
+
+    def close(self) -> None:
+        """Nobody looks any more; copies that are on their way must not come to another's memory."""
+        if self._cuda is not None and self.looks:
+            last = self._events[(self.looks - 1) % (self.late + 1)]
+            with _lock:
+                _arriving[:] = [(memory, event) for memory, event in _arriving if not event.done]
+                _arriving.append((self._memory, last))
+
+    def look(self) -> int | None:
+        """Ask for the number as it is when the work that is queued now is done.
+
+        Returns
+        -------
+        int or None
+            The number that was asked for `late` looks ago; waits for that one. None before.
+        """
+        slot = self.looks % (self.late + 1)
+        if self._cuda is None:
+            self._seen[slot] = self.counter[0]
+        else:
+            stream, runtime = self._cuda.get_current_stream(), self._cuda.runtime
+            at = self._seen.ctypes.data + 4 * slot
+            runtime.memcpyAsync(at, self.counter.data.ptr, 4, runtime.memcpyDeviceToHost, stream.ptr)
+            self._events[slot].record(stream)
+        self.looks += 1
+        if self.looks <= self.late:
+            return None
+        before = (self.looks - 1 - self.late) % (self.late + 1)
+        if self._cuda is not None:
+            self._events[before].synchronize()
+        return int(self._seen[before])

@@ -93,7 +93,7 @@ def at(device: int) -> AbstractContextManager[Any]:
     """Make a device the current one inside a ``with`` block."""
     cuda = xp().cuda
     here = cuda.runtime.getDevice() == device
-    return nullcontext() if here else cuda.Device(device)  # type: ignore[no-any-return]
+    return nullcontext() if here else cuda.Device(device)
 
 
 def later(array: Any) -> Callable[[], NDArray[Any]]:

@@ -20,6 +20,8 @@ MOST_SHARED = 227 * 1024
 HALF_SHARED = 112 * 1024
 # Steps of a chunk, where they fit.
 LONGEST_CHUNK = 32
+# A segment of time has this many chunks at least, and a sequence so many segments at most.
+SHORTEST_SEGMENT, MOST_SEGMENTS = 8, 32
 # More channels than this are mixed by a whole block, not by a warp.
 WIDE_DIM = 1024
 ROOM = 1024
@@ -100,9 +102,9 @@ def _spare(mixer: _Mixer, groups: _Groups, vectors: int = 1) -> int:
 def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     """Steps of a chunk where the caller does not say.
 
-    Where the parameters of a step are kept in registers while it is iterated: as many steps as a block can hold. Others:
-    as many as fit into shared memory, two blocks side by side. Low-rank mixers: one, because a step's iterations
-    run over ``r`` numbers and no chunk makes them cheaper.
+    Where the parameters of a step are kept in registers while it is iterated: as many steps as a block can hold.
+    Others: as many as fit into shared memory, two blocks side by side. Low-rank mixers: one, because a step's
+    iterations run over ``r`` numbers and no chunk makes them cheaper.
     """
     mixer = _Mixer.of(kind, params, dim)
     if mixer.low_rank or _in_registers(mixer, dtype):
@@ -151,13 +153,12 @@ def solve(
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
-    report = _report.blank(batch, chunks)
+    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= _most_warps(dim)
+    report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
-        serves = _any_shape
-        if damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= _most_warps(dim):
-            serves = _kronecker
-        elif damping == 1 and chunk == 1 and guess is None and _in_registers(mixer, source.dtype):
+        serves = _kronecker if tensors else _any_shape
+        if damping == 1 and chunk == 1 and guess is None and _in_registers(mixer, source.dtype):
             serves = _monarch
         serves(mixer, lam, gate, source, initial, guess, value, report, *options)
     inputs = (lam, source, gate, initial, guess, *params)
@@ -210,12 +211,17 @@ def _on_tensor_cores(mixer: _Mixer, dtype: Any) -> bool:
     return mixer.kind == "kronecker" and small and bool(_real(dtype) == np.float32)
 
 
+def _segments(batch: int, chunks: int) -> int:
+    """Into how many segments of time a sequence is cut, where there are too few sequences for the device."""
+    return max(1, min(_device.multiprocessors() // max(batch, 1), chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
+
+
 def _most_warps(dim: int) -> int:
     return 8 if dim > 256 else 16
 
 
 def _kronecker_kernel(
-    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool
+    store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool, segmented: bool
 ) -> tuple[Kernel, int]:
     """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
     rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
@@ -223,7 +229,7 @@ def _kronecker_kernel(
     held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
     blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
     macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
-    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
+    macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated), ("SEGMENTED", segmented)) if v}
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
@@ -246,29 +252,29 @@ def _kronecker(
     max_iter: int,
     damping: float,
 ) -> None:
-    """The kernel `relax_kronecker`: one warp for each step of a chunk."""
+    """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
     batch, steps, _ = source.shape
+    xp, segments = _device.xp(), report.state.shape[1]
     warps = 1 << (chunk - 1).bit_length()
     kernel, shared = _kronecker_kernel(
-        _report.store(source.dtype), mixer.d1, mixer.d2, warps, adjoint, gate is not None
+        *(_report.store(source.dtype), mixer.d1, mixer.d2, warps),
+        *(adjoint, gate is not None, segments > 1),
     )
-    arguments = (
-        *(
-            mixer.first,
-            mixer.second,
-            lam,
-            gate,
-            source,
-            initial,
-            guess,
-            value,
-            np.int64(steps),
-            np.int32(chunk),
-        ),
-        *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
-        *(report.counts, report.change, report.scale, report.state),
-    )
-    _device.launch(kernel, batch, 32 * warps, arguments, shared=shared)
+    left = moved = None
+    if segments > 1:
+        left = xp.empty((2, batch * segments, mixer.dim), np.float32)
+        moved = xp.zeros((2, batch * segments), np.int32)
+    # The first round starts every segment from zero; each of the others from what the one before has left by then. At
+    # once for all of them, and most have nothing to do: a correction decays, and who has no news leaves at once.
+    for turn in range(segments):
+        arguments = (
+            *(mixer.first, mixer.second, lam, gate, source, initial, value if turn else guess, value),
+            *(np.int64(steps), np.int32(chunk)),
+            *(_eps(source.dtype), np.float64(rtol), np.float64(atol), np.int64(max_iter)),
+            *(report.counts, report.change, report.scale, report.state),
+            *(np.int32(segments), np.int32(turn), left, moved),
+        )
+        _device.launch(kernel, batch * segments, 32 * warps, arguments, shared=shared)
 
 
 def _in_registers(mixer: _Mixer, dtype: Any) -> bool:

@@ -89,9 +89,18 @@ class Host:
 
 
 @contextmanager
-def device() -> Iterator[Host]:
-    """Let the hall find this device, wherever it looks for one inside a ``with`` block."""
+def device(*, kernels: bool = False) -> Iterator[Host]:
+    """Let the hall find this device, wherever it looks for one inside a ``with`` block.
+
+    With `kernels` the doors are those of the GPU room, and its CUDA C runs on the CPU (`simt`).
+    """
     host, module, files = Host(), fp.arrays._module, {}
+    if kernels:
+        import simt
+
+        with simt.device(), patch.object(fp.arrays, "_gpu", lambda: host):
+            yield host
+        return
 
     def found(name: str) -> Any:
         room, _, file = name.rpartition(".")

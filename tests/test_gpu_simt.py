@@ -119,7 +119,8 @@ def test_races_are_found() -> None:
     for which in (3, 39, 42):
         for seed in (0, 1):
             with pytest.raises(
-                simt.Fault, match=r"race: byte \d+ of .* (read|written) by thread \d+ at line \d+ `.*by this"
+                simt.Fault,
+                match=r"race: byte \d+ of .* (read|written) by .*thread \d+ at line \d+ `.*by this",
             ):
                 trial(which, races=True, seed=seed)
 

@@ -450,6 +450,31 @@ def test_a_wrong_adjoint_is_caught_and_named() -> None:
         fp.check_adjoint(Square(), {"scale": 2}, 3)
 
 
+class Bent:
+    """``x / |x|``, only for `x` in one direction: near the origin it bends within a short step, and beyond it ends."""
+
+    def __call__(self, x: Any) -> Any:
+        if (x[..., 0] <= 0).any():
+            raise ValueError("x: expected the first channel to be positive")
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def vjp(self, x: Any) -> Any:
+        y, size = self(x), np.linalg.norm(x, axis=-1, keepdims=True)
+        return y, lambda bar: ((bar - y * np.sum(y * bar, axis=-1, keepdims=True)) / size,)
+
+
+def test_steps_of_the_dot_product_test_suit_the_function() -> None:
+    x = np.random.default_rng(0).uniform(0.1, 0.5, (3, 4))
+    assert fp.check_adjoint(Bent(), x).passed
+    for size in (0.1, 0.03):  # 4e-3 alone, extrapolated, would be wrong in the fifth digit and before
+        assert fp.check_adjoint(Bent(), size * x).passed
+    with pytest.raises(ValueError, match="first channel"):
+        fp.check_adjoint(Bent(), 1e-2 * x)
+    assert fp.check_adjoint(Bent(), 1e-2 * x, step=1e-4).passed
+    with pytest.raises(ValueError, match="step: 0"):
+        fp.check_adjoint(Bent(), x, step=0)
+
+
 def test_nan_does_not_pass_the_dot_product_test() -> None:
     with pytest.raises(fp.AdjointError), fp.arrays.use_room("reference"):
         fp.check_adjoint(fp.linear_scan, np.ones((2, 1)), np.array([[np.nan], [1.0]]))

@@ -1,5 +1,6 @@
 """CuPy, the library at home on a GPU: nothing to exchange."""
 
+from functools import cache
 from typing import Any
 
 from fpnumba.interop.dlpack import Taken
@@ -7,7 +8,12 @@ from fpnumba.interop.dlpack import Taken
 
 def dtype_name(array: Any) -> str:
     """Name of the stored dtype."""
-    return str(array.dtype.name)
+    return _name(array.dtype)
+
+
+@cache
+def _name(dtype: Any) -> str:
+    return str(dtype.name)
 
 
 def take(array: Any) -> Taken:

@@ -49,6 +49,7 @@ def give(result: Taken, like: Any) -> Any:
 
 def _bfloat16() -> np.dtype[Any]:
     try:
-        return np.dtype(import_module("ml_dtypes").bfloat16)
+        found: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
     except ImportError as reason:
         raise ImportError("bfloat16 on a GPU needs ml_dtypes: pip install ml_dtypes") from reason
+    return found

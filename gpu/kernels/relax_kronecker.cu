@@ -2,7 +2,9 @@
 //
 //     h_t = lam_t h_{t-1} + c_t + g_t P_t h_t,  c = g (x - P x),        s_t = lam_{t+1} s_{t+1} + hbar_t + P_t^T (g_t s_t)
 //
-// Sections 3, 6 and 7 of docs/mathematics.md. One block per sequence. A warp mixes one step, on tensor cores
+// Sections 3, 6 and 7 of docs/mathematics.md. One block per sequence, or where these are few, per segment of time: then
+// launches follow each other, a round each. In the first all segments start from zero, in the others from what the one
+// before has left by then, as long as that is news, until their result is what was there to within rounding. A warp mixes one step, on tensor cores
 // (relax_tensor.cuh), from parameters that it keeps in registers as long as the chunk is iterated. A thread scans the
 // same channels of all steps, with their lam and iterate in registers and their c in shared memory. What passes between
 // them, the iterate (in the adjoint g times it) one way and what mixing made of it the other, goes through shared memory,
@@ -12,7 +14,7 @@
 // once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, 2 D read and D
 // written by the scan.
 //
-// Macros: STORE (float, f16, bf16); D1, D2; WARPS; BLOCKS on a multiprocessor; ADJOINT, GATED 0 or 1.
+// Macros: STORE (float, f16, bf16); D1, D2; WARPS; BLOCKS on a multiprocessor; ADJOINT, GATED, SEGMENTED 0 or 1.
 #include "common.cuh"
 #include "relax_mix.cuh"
 #include "relax_rule.cuh"
@@ -23,6 +25,9 @@
 #endif
 #ifndef GATED
 #define GATED 0
+#endif
+#ifndef SEGMENTED
+#define SEGMENTED 0
 #endif
 
 constexpr int D = D1 * D2, THREADS = 32 * WARPS;
@@ -62,8 +67,11 @@ __device__ __forceinline__ void announce(const store* from, i64 count) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 relax_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source,
                 const store* initial, const store* guess, store* value, i64 steps, int chunk, double eps, double rtol,
-                double atol, i64 max_iter, int* counts, double* change_out, double* scale_out, int* state_out) {
-  const i64 b = blockIdx.x;
+                double atol, i64 max_iter, int* counts, double* change_out, double* scale_out, int* state_out,
+                int cut, int turn, float* left, int* moved) {
+  const int segments = SEGMENTED ? cut : 1, round = SEGMENTED ? turn : 0;
+  const i64 b = blockIdx.x / segments;
+  const int segment = blockIdx.x % segments;
   const int warp = threadIdx.x / 32;
   SHARED(memory);
   bits* room = (bits*)memory;
@@ -90,11 +98,31 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
   for (int j = 0; j < TURNS; ++j)
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e)
-      carry[j][e] = initial && inside(j) ? widen(initial[b * D + channel(j) + e]) : 0.0f;
+      carry[j][e] = initial && segment == 0 && inside(j) ? widen(initial[b * D + channel(j) + e]) : 0.0f;
 
-  const i64 chunks = (steps + chunk - 1) / chunk;
+  const i64 chunks = (steps + chunk - 1) / chunk, all = (i64)gridDim.x * D;
   Outcome outcome = {0, 0, CONVERGED};
-  for (i64 q = 0; q < chunks; ++q) {
+  // What the segments leave, after the even and after the odd rounds; and whether that was news.
+  float *before = left + ((round & 1) ^ 1) * all, *after = left + (round & 1) * all;
+  const int *stirred = moved + ((round & 1) ^ 1) * gridDim.x;
+  if (round > 0) {
+    outcome = {change_out[blockIdx.x], scale_out[blockIdx.x], state_out[blockIdx.x]};
+    const bool news = segment > 0 && stirred[blockIdx.x - 1];
+    if (threadIdx.x == 0) moved[(round & 1) * gridDim.x + blockIdx.x] = 0;
+#pragma unroll
+    for (int j = 0; j < TURNS; ++j)
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e)
+        if (inside(j)) {
+          const i64 at = (i64)blockIdx.x * D + channel(j) + e;
+          after[at] = before[at];
+          if (news) carry[j][e] = before[at - D];
+        }
+    if (!news) return;
+  }
+  const i64 from = chunks * segment / segments, to = chunks * (segment + 1) / segments;
+  bool settled = false;
+  for (i64 q = from; q < to && !settled; ++q) {
     const i64 c = ADJOINT ? chunks - 1 - q : q, begin = c * chunk, end = begin + chunk < steps ? begin + chunk : steps;
     const int n = (int)(end - begin);
     const i64 row = b * steps + begin;  // the first step of the chunk, counted over all sequences
@@ -197,7 +225,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
       start();
       __syncthreads();
     }
-    if (q + 1 < chunks) {  // the chunk after this one
+    if (q + 1 < to) {  // the chunk after this one
       const i64 then = row + (ADJOINT ? -chunk : n), some = ADJOINT || end + chunk < steps ? chunk : steps - end;
       announce(k1 + then * (D1 * D1), some * (D1 * D1));
       announce(k2 + then * (D2 * D2), some * (D2 * D2));
@@ -267,11 +295,23 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
       now.iterated(from_magnitude(changed), from_magnitude(largest), outcome.scale, share, eps, rtol, atol);
     }
     outcome.add(now);
+    float differs = 0, wide = 0;
 #pragma unroll
     for (int j = 0; j < TURNS; ++j)
       if (inside(j)) {
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) carry[j][e] = leaves[j][e];
+        if (round > 0) {  // the last row, as it was
+          const Stored was = *(const Stored*)(value + at(j, n - 1));
+#pragma unroll
+          for (int k = 0; k < WARPS; ++k)
+            if (k == n - 1)
+#pragma unroll
+              for (int e = 0; e < WIDTH; ++e) {
+                differs = most_of(differs, widen(narrow(old[k][j][e])) - widen(was.v[e]));
+                wide = most_of(wide, old[k][j][e]);
+              }
+        }
 #pragma unroll
         for (int k = 0; k < WARPS; ++k)
           if (k < n) {
@@ -281,11 +321,24 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
             *(Stored*)(value + at(j, k)) = out;
           }
       }
-    if (threadIdx.x == 0) counts[b * chunks + c] = (int)now.count;
+    if (threadIdx.x == 0) counts[b * chunks + c] = round > 0 ? max(counts[b * chunks + c], (int)now.count) : (int)now.count;
+    if (round > 0) {
+      bits moves = magnitude_bits(differs), size = magnitude_bits(wide);
+      block_largest(moves, size, room);
+      settled = from_magnitude(moves) <= 2 * eps * from_magnitude(size);
+    }
+  }
+  if (segments > 1 && !settled) {
+    if (threadIdx.x == 0) moved[(round & 1) * gridDim.x + blockIdx.x] = 1;
+#pragma unroll
+    for (int j = 0; j < TURNS; ++j)
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e)
+        if (inside(j)) after[(i64)blockIdx.x * D + channel(j) + e] = carry[j][e];
   }
   if (threadIdx.x == 0) {
-    change_out[b] = outcome.change;
-    scale_out[b] = outcome.scale;
-    state_out[b] = outcome.status;
+    change_out[blockIdx.x] = outcome.change;
+    scale_out[blockIdx.x] = outcome.scale;
+    state_out[blockIdx.x] = outcome.status;
   }
 }

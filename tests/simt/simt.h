@@ -564,7 +564,7 @@ static void fresh(Block& b) {
   fail();
 }
 SIMT_UNSEEN static void look(void* address, size_t bytes, bool write, const char* at) {
-  if (!self) return;
+  if (!self) return;  // the host's own
   Block& b = *self->block;
   const size_t first = (size_t)((unsigned char*)address - b.memory);
   if (first >= L.shared) return;
@@ -579,7 +579,8 @@ SIMT_UNSEEN static void look(void* address, size_t bytes, bool write, const char
     const bool same_warp = t->reader / LANES == warp;
     if (write) {
       if (read_now && (t->everywhere || !same_warp || ((t->many || t->reader != me) && t->read_barriers == barriers)))
-        race("read by", first + i, t->reader, t->read_at, write, at);
+        race(t->everywhere || t->many ? "read by others and last by" : "read by", first + i, t->reader, t->read_at, write,
+             at);
       t->writer = (short)me;
       t->write_epoch = b.epoch;
       t->write_barriers = barriers;
@@ -810,6 +811,7 @@ static void run(Cluster* clusters, int slots) {
     Fiber* f = L.queue[L.head++ & L.mask];
     become(f);
     switch_to(L.main, f->context, false);
+    self = nullptr;
     if (L.failed) return;
     if (L.ended) {
       Cluster* c = L.ended;
@@ -904,6 +906,7 @@ static int launch(void (*thread)(void**), void** arguments, const Order& order, 
     if (sigsetjmp(L.jump, 1) == 0) run(clusters, slots);
   }
 #endif
+  self = nullptr;
   for (size_t i = 0; i < fibers; ++i) free((void*)fiber[i].copies);
   forget();
   free(memory);

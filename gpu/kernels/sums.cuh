@@ -1,0 +1,76 @@
+// Many sums at once over the threads of a group, for kernels in which a group of threads takes one step of a sequence.
+//
+// N values are folded over the lanes of a warp together, which halves them at every level, so that N sums cost about
+// N exchanges and not 5 N. A group is a warp, and needs no barrier of the block, or it is the whole block.
+#include "common.cuh"
+
+constexpr u32 EVERY_LANE = 0xffffffffu;
+
+// How many values a lane is left with when n have been folded over the lanes.
+__device__ constexpr int folded(int n) {
+  for (int k = 0; k < 5; ++k) n = (n + 1) / 2;
+  return n;
+}
+
+// At each level a lane keeps one half of the values and sends the other. In the end it holds the totals of `valid`
+// values from number `index` on.
+template <int N, int OFFSET>
+__device__ __forceinline__ void fold_sums(real* v, int lane, int& index, int& valid) {
+  if constexpr (OFFSET > 0) {
+    const bool upper = lane & OFFSET;
+    constexpr int H = (N + 1) / 2;
+    if constexpr (N > 1) {
+#pragma unroll
+      for (int i = 0; i < H; ++i) {
+        const real second = i + H < N ? v[i + H] : (real)0;
+        const real kept = upper ? second : v[i], sent = upper ? v[i] : second;
+        v[i] = kept + __shfl_xor_sync(EVERY_LANE, sent, OFFSET);
+      }
+      index += upper ? H : 0;
+      valid = upper ? valid - H : (valid < H ? valid : H);
+    } else {
+      v[0] += __shfl_xor_sync(EVERY_LANE, v[0], OFFSET);
+      if (upper) valid = 0;  // a twin of another lane's
+    }
+    fold_sums<H, OFFSET / 2>(v, lane, index, valid);
+  }
+}
+
+// Reals of shared memory that a group of SIZE threads needs for N sums.
+template <int N, int SIZE> __device__ constexpr int sums_size() {
+  return SIZE == 32 ? N : 2 * N * (SIZE / 32);
+}
+
+template <int SIZE> __device__ __forceinline__ void group_barrier() {
+  if constexpr (SIZE == 32) __syncwarp(); else __syncthreads();
+}
+
+// The sums of N values over a group of SIZE threads, for all of them to read. `memory` is the group's own; before it is
+// used again, the group must have met at a barrier.
+template <int N, int SIZE> __device__ __forceinline__ const real* group_sums(real* v, real* memory) {
+  constexpr int WARPS = SIZE / 32;
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x / 32) % WARPS;
+  int index = 0, valid = N;
+  fold_sums<N, 16>(v, lane, index, valid);
+  if constexpr (WARPS == 1) {
+#pragma unroll
+    for (int i = 0; i < folded(N); ++i)
+      if (i < valid) memory[index + i] = v[i];
+    __syncwarp();
+    return memory;
+  } else {
+#pragma unroll
+    for (int i = 0; i < folded(N); ++i)
+      if (i < valid) memory[(index + i) * WARPS + warp] = v[i];
+    __syncthreads();
+    real* totals = memory + N * WARPS + N * warp;  // this warp's own
+    for (int i = lane; i < N; i += 32) {
+      real total = memory[i * WARPS];
+#pragma unroll
+      for (int w = 1; w < WARPS; ++w) total += memory[i * WARPS + w];
+      totals[i] = total;
+    }
+    __syncwarp();
+    return totals;
+  }
+}
