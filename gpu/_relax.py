@@ -25,6 +25,8 @@ SHORTEST_SEGMENT, MOST_SEGMENTS = 8, 32
 # More channels than this are mixed by a whole block, not by a warp.
 WIDE_DIM = 1024
 ROOM = 1024
+# Vectors of a low-rank mixer whose inner products are taken together.
+MOST_TOGETHER = 8
 # Kronecker factors up to this size are mixed on tensor cores.
 MOST_FACTOR = 32
 # Warps of a block where each has steps of its own.
@@ -86,17 +88,15 @@ def _groups(dim: int, together: int, most: int) -> _Groups:
     return _Groups(32 * max(1, min(most // 32, max(together, -(-dim // 128)))), False)
 
 
-def _sums(mixer: _Mixer, vectors: int) -> int:
-    """Numbers per warp for sums over channels, see relax_mix.cuh."""
-    pairs = mixer.rank * (mixer.rank - 1) // 2 if mixer.kind == "householder" else 0
-    return vectors * max(mixer.rank, 1) + pairs
-
-
 def _spare(mixer: _Mixer, groups: _Groups, vectors: int = 1) -> int:
-    """Scratch numbers of a group: vectors, or sums of its warps."""
-    if mixer.low_rank:
-        return _sums(mixer, vectors) * groups.threads // 32 if groups.wide else 0
-    return vectors * mixer.dim
+    """Scratch numbers of a group: so many vectors; for low rank so many sums of its warps, see relax_mix.cuh."""
+    if not mixer.low_rank:
+        return vectors * mixer.dim
+    warps = groups.threads // 32 if groups.wide else 0
+    if mixer.rank > MOST_TOGETHER:
+        return vectors * mixer.dim + (2 * mixer.rank if vectors > 1 else 0) + warps
+    pairs = mixer.rank * (mixer.rank - 1) // 2 if mixer.kind == "householder" else 0
+    return (vectors * max(mixer.rank, 1) + pairs) * warps
 
 
 def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
@@ -488,20 +488,43 @@ def _kronecker_steps(function: str, macros: dict[str, object], mixer: _Mixer) ->
 
 
 def representative() -> list[Kernel]:
-    """Shape classes that stand for all: one of each kind, dtype and way."""
-    cases: list[tuple[str, dict[str, object]]] = [
+    """Shape classes that stand for all: each kernel in each dtype, the sizes of the benchmarks, the extremes."""
+    any_shape: list[tuple[str, dict[str, object]]] = [
         ("relax", {"STORE": "float", "KIND": 0}),
         ("relax", {"STORE": "double", "KIND": 0, "WIDE": 1, "ADJOINT": 1, "GATED": 1}),
         ("relax", {"STORE": "bf16", "KIND": 1, "ADJOINT": 1}),
-        ("relax", {"STORE": "float", "KIND": 1, "WIDE": 1}),
         ("relax", {"STORE": "f16", "KIND": 2, "RANK": 1}),
         ("relax", {"STORE": "float", "KIND": 3, "RANK": 8, "WIDE": 1, "ADJOINT": 1}),
-        ("relax", {"STORE": "double", "KIND": 3, "RANK": 4, "GATED": 1}),
-        ("mix_steps", {"STORE": "float", "KIND": 0}),
+        ("relax", {"STORE": "double", "KIND": 3, "RANK": 9, "GATED": 1}),
         ("mix_steps", {"STORE": "double", "KIND": 3, "RANK": 2, "ADJOINT": 1, "GATED": 1}),
-        ("scan_steps", {"STORE": "bf16", "KIND": 1, "ADJOINT": 1}),
-        ("pull", {"STORE": "float", "KIND": 0}),
-        ("pull", {"STORE": "double", "KIND": 1, "WIDE": 1, "GATED": 1}),
-        ("pull", {"STORE": "f16", "KIND": 3, "RANK": 8}),
+        ("scan_steps", {"STORE": "float"}),
+        ("scan_steps", {"STORE": "bf16", "ADJOINT": 1}),
     ]
-    return [Kernel.of("relax_pull.cu" if f == "pull" else "relax.cu", f, macros) for f, macros in cases]
+    kernels = [Kernel.of("relax.cu", function, macros) for function, macros in any_shape]
+    pulled: list[dict[str, object]] = [
+        {"STORE": "double", "KIND": 0},
+        {"STORE": "float", "KIND": 1, "GATED": 1, "WIDE": 1},
+        {"STORE": "f16", "KIND": 3, "RANK": 8},
+    ]
+    kernels += [Kernel.of("relax_pull.cu", "pull", macros) for macros in pulled]
+    for store, d1, d2, warps, adjoint, gated in (
+        ("float", 32, 32, 8, False, False),
+        ("float", 32, 32, 4, True, False),
+        ("float", 3, 5, 2, False, True),
+        ("bf16", 32, 32, 8, True, True),
+        ("f16", 16, 16, 16, False, False),
+    ):
+        kernels.append(_kronecker_kernel(store, d1, d2, warps, adjoint, gated)[0])
+    for store, d in (("float", 32), ("bf16", 16)):
+        sizes: dict[str, object] = {"STORE": store, "D1": d, "D2": d, "GATED": 1}
+        kernels += [
+            Kernel.of("relax_pull_kronecker.cu", f, sizes) for f in ("mix_kronecker", "pull_kronecker")
+        ]
+    for store, size, dim, threads, adjoint, gated in (
+        ("float", 64, 1024, 256, False, False),
+        ("f16", 64, 1024, 128, True, True),
+        ("double", 32, 1024, 256, False, True),
+        ("bf16", 4, 32, 32, True, False),
+    ):
+        kernels.append(_monarch_kernel(store, size, dim, threads, adjoint, gated)[0])
+    return kernels

@@ -31,6 +31,8 @@ SHAPES = (
     ("householder", 0, 6),
     ("householder", 3, 33),
     ("householder", 8, 20),
+    ("dplr", 9, 6),
+    ("householder", 11, 33),
 )
 LARGE = (
     ("kronecker", 32, 32),
@@ -39,6 +41,7 @@ LARGE = (
     ("monarch", 16, 64),
     ("monarch", 9, 120),
     ("householder", 2, 1100),
+    ("householder", 9, 1100),
 )
 
 

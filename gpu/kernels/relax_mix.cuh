@@ -100,8 +100,10 @@ template <int N> __device__ __forceinline__ void group_sums(real* sums, real* ro
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   __syncthreads();
   if (lane == 0)
+#pragma unroll
     for (int n = 0; n < N; ++n) room[warp * N + n] = sums[n];
   __syncthreads();
+#pragma unroll
   for (int n = 0; n < N; ++n) {
     real total = 0;
     for (int w = 0; w < warps; ++w) total += room[w * N + n];
@@ -168,11 +170,32 @@ __device__ __forceinline__ void rows_times(const store* m, const real* v, int si
   }
 }
 
+// Of more vectors than this, the inner products are not taken together.
+#define MANY (RANK > 8)
+
 // Number of sums over channels that a step of low rank needs: U d, and for a product of reflections U U^T below its diagonal
-#define PAIRS (KIND == HOUSEHOLDER ? RANK * (RANK - 1) / 2 : 0)
-#define SUMS (RANK + PAIRS > 0 ? RANK + PAIRS : 1)
+#define PAIRS (KIND == HOUSEHOLDER && !MANY ? RANK * (RANK - 1) / 2 : 0)
+#define SUMS (MANY || RANK == 0 ? 1 : RANK + PAIRS)
 
 __device__ __forceinline__ int pair(int a, int b) { return RANK + a * (a - 1) / 2 + b; }  // b < a
+
+#if MANY
+
+// u . v for one vector
+__device__ __forceinline__ real inner(int dim, const store* u, const real* v, real* room) {
+  real sum[1] = {0};
+  for (int i = place(); i < dim; i += group_size()) sum[0] += (real)widen(u[i]) * v[i];
+  group_sums<1>(sum, room);
+  return sum[0];
+}
+
+// v <- v - weight u
+__device__ __forceinline__ void take_away(int dim, const store* u, real weight, real* v) {
+  for (int i = place(); i < dim; i += group_size()) v[i] -= weight * (real)widen(u[i]);
+  group_sync();
+}
+
+#else
 
 // weights y with P d = sum_a y_a u_a; section 2 of docs/mathematics.md
 template <bool TRANSPOSED> __device__ __forceinline__ void low_rank_weights(const store* alpha, const real* sums, real* y) {
@@ -191,7 +214,10 @@ template <bool TRANSPOSED> __device__ __forceinline__ void low_rank_weights(cons
   }
 }
 
-// v <- P v, or P^T v, for one step. `spare`: D numbers of this group, for low rank SUMS per warp.
+#endif
+
+// v <- P v, or P^T v, for one step. `spare`: D numbers of this group; for low rank SUMS per warp
+// instead, or D + 1 per warp of MANY.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void mix(Shape s, const store* first, const store* second, real* v, real* spare) {
   group_sync();
@@ -216,6 +242,16 @@ __device__ __forceinline__ void mix(Shape s, const store* first, const store* se
   }
   group_sync();
   for (int i = place(); i < s.dim; i += group_size()) v[i] = spare[i];
+#elif MANY
+  for (int i = place(); i < s.dim; i += group_size()) spare[i] = v[i];
+  group_sync();
+  for (int n = 0; n < RANK; ++n) {
+    const int a = TRANSPOSED ? RANK - 1 - n : n;
+    const store* u = first + (i64)a * s.dim;
+    const real dot = inner(s.dim, u, KIND == HOUSEHOLDER ? spare : v, spare + s.dim);
+    take_away(s.dim, u, (real)widen(second[a]) * dot, spare);
+  }
+  for (int i = place(); i < s.dim; i += group_size()) v[i] -= spare[i];
 #else
   real sums[SUMS] = {}, y[RANK > 0 ? RANK : 1];
   for (int i = place(); i < s.dim; i += group_size()) {

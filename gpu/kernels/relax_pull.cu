@@ -95,6 +95,55 @@ __device__ __forceinline__ void pull_step(Shape s, const Step& p, real* spare) {
   group_sync();
 }
 
+#elif MANY
+
+// Reflection after reflection, v to the end and back again
+__device__ __forceinline__ void pull_step(Shape s, const Step& p, real* spare) {
+  real *v = spare, *w = v + s.dim, *dots = w + s.dim, *weights = dots + RANK, *room = weights + RANK;
+  const bool product = KIND == HOUSEHOLDER;
+  for (int i = place(); i < s.dim; i += group_size()) {
+    v[i] = (real)widen(p.x[i]) - (real)widen(p.h[i]);
+    w[i] = gate_at(p, i) * (real)widen(p.s[i]);
+  }
+  group_sync();
+  for (int a = 0; a < RANK; ++a) {
+    const store* u = p.first + (i64)a * s.dim;
+    const real dot = inner(s.dim, u, v, room);
+    if (place() == 0) dots[a] = dot;
+    if (product) take_away(s.dim, u, (real)widen(p.second[a]) * dot, v);
+  }
+  group_sync();
+  for (int i = place(); i < s.dim; i += group_size()) {
+    real mixed = (real)widen(p.h[i]) + v[i];
+    if (!product)
+      for (int a = 0; a < RANK; ++a)
+        mixed -= (real)widen(p.second[a]) * dots[a] * (real)widen(p.first[(i64)a * s.dim + i]);
+    put_lam_bar(p, i, mixed);
+  }
+  for (int a = RANK - 1; a >= 0; --a) {
+    const store* u = p.first + (i64)a * s.dim;
+    const real alpha = widen(p.second[a]), dot = inner(s.dim, u, w, room), y = alpha * dots[a], z = alpha * dot;
+    if (place() == 0) {
+      p.second_bar[a] = narrow(-dots[a] * dot);
+      weights[a] = z;
+    }
+    for (int i = place(); i < s.dim; i += group_size()) {
+      const real of = widen(u[i]);
+      if (product) v[i] += y * of;
+      p.first_bar[(i64)a * s.dim + i] = narrow(-(y * w[i]) - z * v[i]);
+      if (product) w[i] -= z * of;
+    }
+    group_sync();
+  }
+  for (int i = place(); i < s.dim; i += group_size()) {
+    real e = w[i];
+    if (!product)
+      for (int a = 0; a < RANK; ++a) e -= weights[a] * (real)widen(p.first[(i64)a * s.dim + i]);
+    p.x_bar[i] = narrow(e);
+  }
+  group_sync();
+}
+
 #else
 
 #define R1 (RANK > 0 ? RANK : 1)
