@@ -29,6 +29,8 @@ ROOM = 1024
 MOST_TOGETHER = 8
 # Kronecker factors up to this size are mixed on tensor cores.
 MOST_FACTOR = 32
+# Steps of a chunk that a block mixes at once, a warp each.
+MOST_STEPS = 8
 # Warps of a block where each has steps of its own.
 WARPS = 4
 
@@ -110,7 +112,7 @@ def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     if mixer.low_rank or _in_registers(mixer, dtype):
         return 1
     if _on_tensor_cores(mixer, dtype):
-        return _most_warps(dim)
+        return MOST_STEPS
     each = 2 * dim * _real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
@@ -153,7 +155,7 @@ def solve(
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
-    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= _most_warps(dim)
+    tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= MOST_STEPS
     report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
@@ -216,24 +218,20 @@ def _segments(batch: int, chunks: int) -> int:
     return max(1, min(_device.multiprocessors() // max(batch, 1), chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
 
 
-def _most_warps(dim: int) -> int:
-    return 8 if dim > 256 else 16
-
-
 def _kronecker_kernel(
     store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool, segmented: bool
 ) -> tuple[Kernel, int]:
     """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
     rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
     # numbers that a thread holds: the factors, two products, three of all steps, and whatever else there is
-    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 64
+    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 80
     blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
     macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
     macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated), ("SEGMENTED", segmented)) if v}
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
-    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (4 + step + constants)
+    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (6 + step + constants)
 
 
 def _kronecker(
@@ -295,7 +293,7 @@ def _monarch_kernel(
     )
     shared = bytes_ * threads * size + 8 * words * threads + 24 * words * threads // 32 * cluster
     # numbers that a thread holds: its part of M, and whatever else there is
-    held = min(255, words * (size + 20) + 48)
+    held = min(255, words * (size + 16) + 48)
     blocks = max(1, min(8, 65536 // (held * threads), MOST_SHARED // (shared + 1024)))
     macros = {"STORE": store, "EDGE": size, "THREADS": threads, "BLOCKS": blocks}
     macros |= {"CLUSTER": cluster} if cluster > 1 else {}
@@ -507,14 +505,15 @@ def representative() -> list[Kernel]:
         {"STORE": "f16", "KIND": 3, "RANK": 8},
     ]
     kernels += [Kernel.of("relax_pull.cu", "pull", macros) for macros in pulled]
-    for store, d1, d2, warps, adjoint, gated in (
-        ("float", 32, 32, 8, False, False),
-        ("float", 32, 32, 4, True, False),
-        ("float", 3, 5, 2, False, True),
-        ("bf16", 32, 32, 8, True, True),
-        ("f16", 16, 16, 16, False, False),
+    for store, d1, d2, warps, adjoint, gated, segmented in (
+        ("float", 32, 32, 8, False, False, False),
+        ("float", 32, 32, 8, True, True, True),
+        ("float", 32, 32, 4, True, False, False),
+        ("float", 3, 5, 2, False, True, True),
+        ("bf16", 32, 32, 8, True, True, False),
+        ("f16", 16, 16, 8, False, False, False),
     ):
-        kernels.append(_kronecker_kernel(store, d1, d2, warps, adjoint, gated)[0])
+        kernels.append(_kronecker_kernel(store, d1, d2, warps, adjoint, gated, segmented)[0])
     for store, d in (("float", 32), ("bf16", 16)):
         sizes: dict[str, object] = {"STORE": store, "D1": d, "D2": d, "GATED": 1}
         kernels += [

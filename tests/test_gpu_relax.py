@@ -329,6 +329,30 @@ def test_the_order_of_threads_is_of_no_consequence(simt_device: Any, shape: Any,
                 assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("slowest", [0.9999, 0.3])
+def test_segments_of_time(simt_device: Any, slowest: float) -> None:
+    """A slow decay, so that corrections reach far, and a quick one, so that they stop."""
+    room = Room(lambda a: a, lambda a: a)
+    p = made("kronecker", 3, 5, batch=2, steps=83, dtype="float32")
+    p = replace(p, lam=np.full_like(p.lam, slowest))
+    exact = p.astype("float64")
+    for adjoint, chunk in ((False, 4), (True, 3)):
+        first, *others = [
+            _with(simt_device, lambda: ours(room, p, adjoint, chunk, rtol=1e-7), seed, resident, 8)  # noqa: B023
+            for seed, resident in ((0, 1), (1, 2), (2, 8))
+        ]
+        assert simt_device.launches[-2].blocks > 2
+        want = theirs(exact, adjoint, chunk, rtol=1e-10)
+        assert_allclose(first.value, want.value, rtol=1e-4, atol=1e-4 * abs(want.value).max())
+        assert (first.status == cpu.CONVERGED).all()
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert_array_equal(a, b)
+    p.x[1, 40, 3] = np.nan
+    _with(simt_device, lambda: None, 1, 1, 8)
+    assert ours(room, p, False, 4).status.tolist() == [cpu.CONVERGED, cpu.NONFINITE_INPUT]
+
+
 def _with(machine: Any, run: Callable[[], Any], seed: int, resident: int, multiprocessors: int) -> Any:
     machine.seed, machine.resident, machine.multiprocessors = seed, resident, multiprocessors
     return run()

@@ -4,11 +4,12 @@
 //
 // Sections 3, 6 and 7 of docs/mathematics.md. One block per sequence, or where these are few, per segment of time: then
 // launches follow each other, a round each. In the first all segments start from zero, in the others from what the one
-// before has left by then, as long as that is news, until their result is what was there to within rounding. A warp mixes one step, on tensor cores
-// (relax_tensor.cuh), from parameters that it keeps in registers as long as the chunk is iterated. A thread scans the
-// same channels of all steps, with their lam and iterate in registers and their c in shared memory. What passes between
-// them, the iterate (in the adjoint g times it) one way and what mixing made of it the other, goes through shared memory,
-// in place.
+// before has left by then, as long as that is news, until their result is what was there to within rounding.
+//
+// A warp mixes one step, on tensor cores (relax_tensor.cuh), from parameters that it keeps in registers as long as the
+// chunk is iterated. A thread scans the same channels of all steps, with their lam and iterate in registers and their c in
+// shared memory. What passes between them, the iterate (in the adjoint g times it) one way and what mixing made of it
+// the other, goes through shared memory, in place.
 //
 // Memory traffic: everything from device memory once (a gate once per iteration, from the caches), the result written
 // once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, 2 D read and D
@@ -63,7 +64,7 @@ __device__ __forceinline__ void announce(const store* from, i64 count) {
 }
 
 // k1 (B, T, D1, D1), k2 (B, T, D2, D2); lam, gate, source, guess, value (B, T, D); initial (B, D) or null, guess null:
-// from zero. Shared memory: 4 WARPS floats, then WARPS steps, and WARPS TURNS THREADS WIDTH for c.
+// from zero. Shared memory: 6 WARPS numbers, then WARPS steps, and WARPS TURNS THREADS WIDTH for c.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 relax_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source,
                 const store* initial, const store* guess, store* value, i64 steps, int chunk, double eps, double rtol,
@@ -75,7 +76,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
   const int warp = threadIdx.x / 32;
   SHARED(memory);
   bits* room = (bits*)memory;
-  float* mixing = (float*)(room + 4 * WARPS);
+  float* mixing = (float*)(room + 6 * WARPS);
   float* mine = mixing + warp * STEP;
   for (int i = threadIdx.x; i < WARPS * STEP; i += THREADS) mixing[i] = 0;  // what is beyond D1 and D2 stays so
   __syncthreads();
@@ -324,7 +325,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
     if (threadIdx.x == 0) counts[b * chunks + c] = round > 0 ? max(counts[b * chunks + c], (int)now.count) : (int)now.count;
     if (round > 0) {
       bits moves = magnitude_bits(differs), size = magnitude_bits(wide);
-      block_largest(moves, size, room);
+      block_largest(moves, size, room + 4 * WARPS);  // not where the last iteration or the next chunk is at work
       settled = from_magnitude(moves) <= 2 * eps * from_magnitude(size);
     }
   }
