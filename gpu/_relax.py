@@ -394,8 +394,8 @@ def iterate(
         sizes = (*mixer.shape, np.int64(rows), np.int32(spare))
         _device.launch(mix, -(-rows // groups.many), groups.threads, (*arrays, *sizes), shared=shared)
     scan = Kernel.of("relax.cu", "scan_steps", {k: macros[k] for k in ("STORE", "ADJOINT") if k in macros})
-    arguments = lam, z, initial, new, np.int64(batch * dim), np.int32(dim), np.int64(steps)
-    _device.launch(scan, -(-batch * dim // 128), 128, arguments)
+    scanned = lam, z, initial, new, np.int64(batch * dim), np.int32(dim), np.int64(steps)
+    _device.launch(scan, -(-batch * dim // 128), 128, scanned)
     return new
 
 
