@@ -232,7 +232,7 @@ def _kronecker_kernel(
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
     step = 8 * inner * (8 * columns + 4)
-    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (6 + step + constants)
+    return Kernel.of("relax_kronecker.cu", "relax_kronecker", macros), 4 * warps * (8 + step + constants)
 
 
 def _kronecker(

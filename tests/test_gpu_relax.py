@@ -307,7 +307,7 @@ def test_divergence_is_said(room: Room, shape: Any, dtype: str) -> None:
     for adjoint in (False, True):
         for chunk in lengths(p):
             assert (ours(room, wild, adjoint, chunk, max_iter=100_000).status == cpu.DIVERGED).all()
-            assert (ours(room, wild, adjoint, chunk, max_iter=5).status == cpu.MAX_ITER).all()
+            assert (ours(room, wild, adjoint, chunk, max_iter=2).status == cpu.MAX_ITER).all()
 
 
 @pytest.mark.parametrize(

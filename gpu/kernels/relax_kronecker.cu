@@ -64,7 +64,7 @@ __device__ __forceinline__ void announce(const store* from, i64 count) {
 }
 
 // k1 (B, T, D1, D1), k2 (B, T, D2, D2); lam, gate, source, guess, value (B, T, D); initial (B, D) or null, guess null:
-// from zero. Shared memory: 6 WARPS numbers, then WARPS steps, and WARPS TURNS THREADS WIDTH for c.
+// from zero. Shared memory: 8 WARPS numbers, then WARPS steps, and WARPS TURNS THREADS WIDTH for c.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 relax_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source,
                 const store* initial, const store* guess, store* value, i64 steps, int chunk, double eps, double rtol,
@@ -76,7 +76,7 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
   const int warp = threadIdx.x / 32;
   SHARED(memory);
   bits* room = (bits*)memory;
-  float* mixing = (float*)(room + 6 * WARPS);
+  float* mixing = (float*)(room + 8 * WARPS);
   float* mine = mixing + warp * STEP;
   for (int i = threadIdx.x; i < WARPS * STEP; i += THREADS) mixing[i] = 0;  // what is beyond D1 and D2 stays so
   __syncthreads();
