@@ -218,7 +218,7 @@ def settle(
                     left[i] = value[b, way_out, i]
                 share = tolerance_share(b, begin, end, adjoint, lam, chunks, rows[0, 2])
                 count, dh, size, converged = relax_chunk(
-                    p, b, begin, end, ROW_BEFORE, adjoint, GUESS, lam, gate, gated, source, initial, value, rows,
+                    p, b, begin, end, block, ROW_BEFORE, adjoint, GUESS, lam, gate, gated, source, initial, value, rows,
                     work, share, scale[b, j], eps, rtol, atol, max_iter, damping,
                 )  # fmt: skip
                 record(counts, change, scale, status, b, j, c, count, dh, size, converged)
