@@ -1,12 +1,14 @@
-// The fixed point of (F) and its adjoint for Q = I - blockdiag(alpha_j M_j), step after step; blocks of 4 to 64, a power of
-// two.
+// The fixed point of (F) and its adjoint for Q = I - blockdiag(alpha_j M_j), step after step; blocks of 4 to 64, a
+// power of two.
 //
-//     h_t = lam_t h_{t-1} + c_t + g_t alpha M h_t,  c = g (x - alpha M x),    s_t = hbar_t + lam_{t+1} s_{t+1} + alpha M^T (g_t s_t)
+//     h_t = lam_t h_{t-1} + c_t + g_t alpha M h_t,  c = g (x - alpha M x)
+//     s_t = hbar_t + lam_{t+1} s_{t+1} + alpha M^T (g_t s_t)
 //
 // Sections 3, 6 and 7 of docs/mathematics.md. One cluster of CLUSTER blocks per sequence. A thread has one channel, and
-// EDGE elements of its block of M in registers as long as the step is iterated: TR rows of TC columns. It multiplies them
-// with TC numbers of the iterate, which is in shared memory, and TR neighbours add up their rows so that each ends with
-// its own channel. One barrier per iteration: with it go the iterate and the maxima that decide whether it was the last.
+// EDGE elements of its block of M in registers as long as the step is iterated: TR rows of TC columns. It multiplies
+// them with TC numbers of the iterate, which is in shared memory, and TR neighbours add up their rows so that each ends
+// with its own channel. One barrier per iteration: with it go the iterate and the maxima that decide whether it was the
+// last.
 //
 // Memory traffic: everything from device memory once, M by way of shared memory while the step before is iterated; the
 // result written once.
@@ -92,12 +94,12 @@ __device__ __forceinline__ bits warp_most(bits v) {
   }
 }
 
-// blocks (B, T, D / EDGE, EDGE, EDGE), alpha (B, T, D / EDGE); lam, gate, source, value (B, T, D); initial (B, D) or null.
-// Shared memory: THREADS EDGE stored elements, 2 THREADS numbers, 6 WARPS CLUSTER of `bits`.
+// blocks (B, T, D / EDGE, EDGE, EDGE), alpha (B, T, D / EDGE); lam, gate, source, value (B, T, D); initial (B, D) or
+// null. Shared memory: THREADS EDGE stored elements, 2 THREADS numbers, 6 WARPS CLUSTER of `bits`.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS)
 relax_monarch(const store* blocks, const store* alpha, const store* lam, const store* gate, const store* source,
-              const store* initial, store* value, int dim, i64 steps, double eps, double rtol, double atol, i64 max_iter,
-              int* counts, double* change_out, double* scale_out, int* state_out) {
+              const store* initial, store* value, int dim, i64 steps, double eps, double rtol, double atol,
+              i64 max_iter, int* counts, double* change_out, double* scale_out, int* state_out) {
   typedef Pack<store, PIECE> piece;
   const i64 b = blockIdx.x / CLUSTER;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -111,7 +113,8 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
   everybody();  // all run before one writes to another
 
   auto time = [&](i64 n) { return b * steps + (ADJOINT ? steps - 1 - n : n); };
-  // Run r of the block: row `row + r` of M from column group TC on, or, transposed, row group TC + r from column `row` on
+  // Run r of the block: row `row + r` of M from column group TC on, or, transposed, row group TC + r from column `row`
+  // on
   auto fetch = [&](i64 n) {
     if (inside && n < steps) {
       const store* from = blocks + (time(n) * count + block) * (EDGE * EDGE);
@@ -205,7 +208,8 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       publish(ADJOINT ? g * f : f);
       turn ^= 1;
       bits* told = maxima + turn * 3 * WARPS * CLUSTER;
-      const bits changed = warp_most(inside ? magnitude_bits(f - old) : 0), size = warp_most(inside ? magnitude_bits(f) : 0);
+      const bits changed = warp_most(inside ? magnitude_bits(f - old) : 0);
+      const bits size = warp_most(inside ? magnitude_bits(f) : 0);
       bits loss = 0;
       if (now.count == 0) loss = warp_most(leaves);
       if (lane == 0) {
