@@ -106,11 +106,14 @@ class Room:
         """Make this room's device the current one inside a ``with`` block."""
         return _AS_IT_IS if self.device is None else _gpu().at(self.device)
 
-    def for_the_host(self, array: Float, shape: tuple[int, ...]) -> "Float | Later":
-        """What the host may want to know of a result: the array in that shape, or what fetches it from the device."""
-        if self.name == "gpu":
-            return Later(_gpu().later(array), shape)
-        return array.reshape(shape)
+    def for_the_host(self, **told: tuple[Float, tuple[int, ...]]) -> "dict[str, Float | Later]":
+        """What the host may want to know of a result: arrays in the shapes beside them, or what fetches them from the
+        device."""
+        if self.name != "gpu":
+            return {name: array.reshape(shape) for name, (array, shape) in told.items()}
+        fetchers = _gpu().later(*(array for array, _ in told.values()))
+        shapes = (shape for _, shape in told.values())
+        return {name: Later(f, shape) for name, f, shape in zip(told, fetchers, shapes, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -364,7 +367,7 @@ def namespace(view: Any) -> Any:
 
 def to_numpy(view: Any) -> NDArray[Any]:
     """An array inside the house as one of NumPy; a GPU array is waited for."""
-    return view if isinstance(view, np.ndarray) else _gpu().later(view)()
+    return view if isinstance(view, np.ndarray) else _gpu().later(view)[0]()
 
 
 def is_cupy(array: Any) -> bool:

@@ -254,20 +254,16 @@ class Problem:
 
     def _solution(self, solved: Any, way: str, history: NDArray[np.float64] | None) -> Solution:
         lead, chunks = self.call.lead, solved.chunk_iterations.shape[1:]
-
-        def told(array: Any, *rest: int) -> Any:
-            return self.room.for_the_host(array, (*lead, *rest))
-
         with self.room.current():
-            return Solution(
-                value=self.call.back(solved.value),
-                status=told(solved.status),
-                iterations=told(solved.iterations),
-                residual=told(solved.residual),
-                method=way,
-                chunk_iterations=told(solved.chunk_iterations, *chunks),
-                history=None if history is None else history.reshape((len(history), *lead)),
+            told: dict[str, Any] = self.room.for_the_host(
+                status=(solved.status, lead),
+                iterations=(solved.iterations, lead),
+                residual=(solved.residual, lead),
+                chunk_iterations=(solved.chunk_iterations, lead + chunks),
             )
+            if history is not None:
+                history = history.reshape((len(history), *lead))
+            return Solution(value=self.call.back(solved.value), method=way, history=history, **told)
 
 
 def _options(solver: Solver, tolerance: Solver | Adjoint, way: str) -> dict[str, Any]:

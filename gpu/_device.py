@@ -87,14 +87,13 @@ _allowed: dict[tuple[int, Kernel], int] = {}  # dynamic shared memory that a ker
 
 def _function(kernel: Kernel, shared: int) -> Any:
     """The kernel on the current device, allowed so much shared memory."""
-    cupy = xp()
     key = (current(), kernel)
     found = _loaded.get(key)
     if found is None:
         with _lock:
             found = _loaded.get(key)
             if found is None:
-                module = cupy.RawModule(
+                module = xp().RawModule(
                     code=source(kernel.file),
                     options=kernel.options,
                     enable_cooperative_groups=kernel.cooperative,

@@ -6,6 +6,7 @@ Nothing is asked at import. What is missing is said at first use, with what to d
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -96,17 +97,18 @@ def at(device: int) -> AbstractContextManager[Any]:
     return nullcontext() if here else cuda.Device(device)
 
 
-def later(array: Any) -> Callable[[], NDArray[Any]]:
-    """What fetches an array once everything launched so far on the current stream is done; it does not wait now."""
-    if isinstance(array, np.ndarray):
-        return lambda: array
+def later(*arrays: Any) -> list[Callable[[], NDArray[Any]]]:
+    """For each array what fetches it once everything launched so far on the current stream is done; nothing waits
+    now."""
+    if isinstance(arrays[0], np.ndarray):
+        return [lambda array=array: array for array in arrays]  # type: ignore[misc]
     stream = xp().cuda.get_current_stream()
 
-    def fetch() -> NDArray[Any]:
+    def fetch(array: Any) -> NDArray[Any]:
         with at(array.device.id):
             return array.get(stream=stream)  # type: ignore[no-any-return]
 
-    return fetch
+    return [partial(fetch, array) for array in arrays]
 
 
 def wait() -> None:

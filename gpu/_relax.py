@@ -80,8 +80,8 @@ class _Groups(NamedTuple):
     wide: bool
 
     @property
-    def number(self) -> int:
-        """Of groups in a block."""
+    def many(self) -> int:
+        """Groups of a block."""
         return 1 if self.wide else self.threads // 32
 
 
@@ -191,7 +191,7 @@ def _any_shape(
     real = _real(source.dtype)
     groups = _groups(dim, chunk, 512)
     spare = _spare(mixer, groups)
-    shared = ROOM + spare * groups.number * real.itemsize
+    shared = ROOM + spare * groups.many * real.itemsize
     iterate = mixed = None
     if shared + 2 * chunk * dim * real.itemsize <= _device.shared_limit():
         shared += 2 * chunk * dim * real.itemsize
@@ -346,8 +346,8 @@ def _monarch(
 
 def _real(dtype: Any) -> np.dtype[Any]:
     """The dtype that a storage dtype is computed in."""
-    real: np.dtype[Any] = np.dtype(_shapes.real(dtype))
-    return real
+    found: np.dtype[Any] = np.dtype(_shapes.real(dtype))
+    return found
 
 
 def _eps(dtype: Any) -> np.float64:
@@ -401,9 +401,9 @@ def iterate(
         groups = _groups(dim, 8, 256)
         spare = _spare(mixer, groups)
         mix = Kernel.of("relax.cu", "mix_steps", macros | ({"WIDE": 1} if groups.wide else {}))
-        shared = groups.number * (dim + spare) * real.itemsize
-        arguments = (*arrays, *mixer.shape, np.int64(rows), np.int32(spare))
-        _device.launch(mix, -(-rows // groups.number), groups.threads, arguments, shared=shared)
+        shared = groups.many * (dim + spare) * real.itemsize
+        sizes = (*mixer.shape, np.int64(rows), np.int32(spare))
+        _device.launch(mix, -(-rows // groups.many), groups.threads, (*arrays, *sizes), shared=shared)
     scan = Kernel.of("relax.cu", "scan_steps", {k: macros[k] for k in ("STORE", "ADJOINT") if k in macros})
     scanned = lam, z, initial, new, np.int64(batch * dim), np.int32(dim), np.int64(steps)
     _device.launch(scan, -(-batch * dim // 128), 128, scanned)
@@ -482,10 +482,10 @@ def _pull_any_shape(
     real = _real(mixer.first.dtype)
     groups = _groups(mixer.dim, 8, 256)
     spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
-    shared, blocks, scratch = groups.number * spare * real.itemsize, -(-rows // groups.number), None
+    shared, blocks, scratch = groups.many * spare * real.itemsize, -(-rows // groups.many), None
     if shared > _device.shared_limit():
         blocks = min(blocks, 2 * _device.multiprocessors())
-        shared, scratch = 0, _device.xp().empty((blocks, groups.number * spare), real)
+        shared, scratch = 0, _device.xp().empty((blocks, groups.many * spare), real)
     kernel = Kernel.of("relax_pull.cu", "pull", macros | ({"WIDE": 1} if groups.wide else {}))
     arguments = (*arrays, scratch, *mixer.shape, np.int64(rows), np.int64(steps), np.int32(spare))
     _device.launch(kernel, blocks, groups.threads, arguments, shared=shared)

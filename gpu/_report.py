@@ -56,8 +56,8 @@ def blank(batch: int, chunks: int, parts: int = 1, *, written: bool = False) -> 
     xp = _device.xp()
     shape = (batch, parts)
     if written:
-        of_parts = xp.empty((3, *shape), np.float64)
-        return Report(xp.empty((batch, chunks), np.int32), *of_parts, xp.empty(shape, np.int32))
+        change, scale, rcond = xp.empty((3, *shape), np.float64)
+        return Report(xp.empty((batch, chunks), np.int32), change, scale, rcond, xp.empty(shape, np.int32))
     return Report(
         xp.zeros((batch, chunks), np.int32),
         xp.zeros(shape, np.float64),

@@ -15,7 +15,7 @@ ACCESS = 16
 @cache
 def name(dtype: Any) -> str:
     """The name of a dtype."""
-    return np.dtype(dtype).name
+    return str(np.dtype(dtype).name)
 
 
 def each(dim: int, *arrays: Any) -> int:

@@ -76,7 +76,7 @@ def _chunk(
     if method == "sequential":
         return 1
     if method in ("parallel", "direct"):
-        return max(steps, 1)
+        return max(int(steps), 1)
     raise ValueError(f"method: {method!r}; expected 'parallel', 'chunked', 'sequential' or 'direct'")
 
 

@@ -8,6 +8,7 @@ small.
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -80,12 +81,12 @@ class Host:
     def at(self, device: int) -> AbstractContextManager[Any]:
         return self._at(device) if self.current[-1:] != [device] else nullcontext()
 
-    def later(self, array: Any) -> Callable[[], Any]:
-        def fetch() -> Any:
+    def later(self, *arrays: Any) -> list[Callable[[], Any]]:
+        def fetch(array: Any) -> Any:
             self.fetched.append(array)
             return array
 
-        return fetch
+        return [partial(fetch, array) for array in arrays]
 
 
 @contextmanager

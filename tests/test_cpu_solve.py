@@ -107,6 +107,24 @@ def test_pullback_is_adjoint_and_cotangents(p, way, direct) -> None:
     assert_array_equal(solved.iterations, ours_adjoint(p, *way, **TIGHT).iterations)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_lines_that_are_not_full(dtype, gated) -> None:
+    """One vector is taken in lines of 64 bytes: fewer channels than one, whole lines, and a rest beside them."""
+    for dim in (1, 7, 8, 9, 15, 16, 17, 40, 64):
+        p = strategies.problem(dim, "dplr", batch=2, steps=5, dim=dim, rank=1, gated=gated, dtype=dtype)
+        exact = p.astype(np.float64)
+        tolerance = 2e-5 if dtype == np.float32 else 1e-11
+        s = theirs_adjoint(exact)
+        expected = reference.rnn_cotangents(*exact.system, exact.x, exact.initial, exact.h, s)
+        start = (*p.system, p.x, p.initial, p.h)
+        for method in ("direct", "sequential"):
+            solved, bars = solve.rnn_pullback(*start, p.hbar, None, method=method, rtol=tolerance / 10)
+            assert_allclose(solved.value, s, rtol=tolerance, atol=tolerance)
+            same_cotangents(bars, expected, tolerance)
+        same_cotangents(solve.rnn_cotangents(*start, s.astype(dtype)), expected, tolerance)
+
+
 @pytest.mark.parametrize("kind", ["householder", "kronecker"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_single_precision(kind, gated) -> None:
@@ -143,16 +161,22 @@ def test_segments_of_time(kind, method, monkeypatch: pytest.MonkeyPatch) -> None
         assert_allclose(ours_adjoint(p, method, rtol=1e-13).value, theirs_adjoint(p), rtol=1e-10, atol=1e-11)
 
 
-def test_writing_past_the_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = strategies.problem(5, "householder", steps=9, dim=64, rank=2, gated=True)
-    before = ours(p).value, ours_adjoint(p).value
-    arguments = (*p.system, p.x, p.initial, p.h, p.hbar)
-    bars = solve.rnn_cotangents(*arguments)
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("dim", [64, 72])  # 72: a line that is not full at the end of each row
+def test_writing_past_the_cache_changes_nothing(rank, dim, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = strategies.problem(5, "householder", steps=9, dim=dim, rank=rank, gated=True, dtype=np.float32)
+    start = (*p.system, p.x, p.initial, p.h)
+
+    def everything():
+        solved, bars = solve.rnn_pullback(*start, p.hbar, None, method="direct")
+        unsolved = solve.rnn_cotangents(*start, p.hbar)
+        found = (ours(p).value, ours_adjoint(p).value, solved.value)
+        return (*found, *bars[:4], *bars[4], *unsolved[:4], *unsolved[4])
+
+    before = everything()
     monkeypatch.setattr(_jit, "STREAM_BYTES", 0)
     monkeypatch.setattr(memory, "SMALLEST", 0)  # so that every result is aligned
-    assert_array_equal(ours(p).value, before[0])
-    assert_array_equal(ours_adjoint(p).value, before[1])
-    for a, b in zip(solve.rnn_cotangents(*arguments)[:4], bars[:4], strict=True):
+    for a, b in zip(everything(), before, strict=True):
         assert_array_equal(a, b)
 
 
@@ -251,18 +275,19 @@ def test_wrong_options() -> None:
 def test_a_second_process_compiles_nothing() -> None:
     code = (
         "import numpy as np\n"
-        "from fpnumba.cpu import _lowrank, _relax, scan, solve\n"
-        "x, u = np.ones((1, 3, 4)), np.ones((1, 3, 2, 4)) / 2\n"
-        "mixer = 'householder', (u, np.ones((1, 3, 2)) / 2)\n"
+        "from fpnumba.cpu import _lowrank, _pull, _relax, scan, solve\n"
+        "x, u = np.ones((1, 3, 4)), np.ones((1, 3, 1, 4)) / 2\n"
+        "mixer = 'householder', (u, np.ones((1, 3, 1)) / 2)\n"
         "for method in ('direct', 'parallel'):\n"
         "    solve.solve(*mixer, x / 2, None, x, None, None, method=method)\n"
+        "solve.rnn_pullback(*mixer, x / 2, None, x, None, x, x, None, method='direct')\n"
         "scan.linear_scan(x, x)\n"
-        "kernels = (_lowrank.solve_steps, _relax.relax, scan._scan)\n"
+        "kernels = (_lowrank.solve_steps, _pull.pull_steps, _relax.relax, scan._scan)\n"
         "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), len([k for k in kernels if k.signatures]))\n"
     )
     for _ in range(2):  # the first may have to compile
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "3"]
+    assert done.stdout.split() == ["0", "4"]
 
 
 def test_a_kernel_is_stale_when_any_file_of_the_room_changes() -> None:

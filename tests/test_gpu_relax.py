@@ -1,13 +1,14 @@
 """Iterated solves of the GPU room against the CPU room's, on NumPy arrays through the stand-in and on a device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import strategies
+from conftest import GpuRoom as Room
 from numpy.testing import assert_allclose, assert_array_equal
 from strategies import Problem
 
@@ -46,43 +47,10 @@ LARGE = (
 )
 
 
-class Room(NamedTuple):
-    """Where the arrays of a test lie."""
-
-    give: Callable[[Any], Any]
-    get: Callable[[Any], Any]
-
-
-def _put_on_device(array: Any) -> Any:
-    import cupy
-
-    if array is None:
-        return None
-    if array.dtype == BFLOAT16:
-        return cupy.asarray(array.view(np.uint16)).view(BFLOAT16)
-    return cupy.asarray(array)
-
-
-def _get_from_device(array: Any) -> Any:
-    import cupy
-
-    if array is None:
-        return None
-    if array.dtype == BFLOAT16:
-        return cupy.asnumpy(array.view(np.uint16)).view(BFLOAT16)
-    return cupy.asnumpy(array)
-
-
-@pytest.fixture(params=["simt", "cupy"])
-def room(request: pytest.FixtureRequest) -> Iterator[Room]:
-    if request.param == "simt":
-        request.getfixturevalue("simt_device")
-        yield Room(lambda a: a, lambda a: a)
-        return
-    cupy = pytest.importorskip("cupy")
-    if not cupy.is_available():
-        pytest.skip("no GPU")
-    yield Room(_put_on_device, _get_from_device)
+@pytest.fixture
+def room(gpu_room: Room) -> Room:
+    """The GPU room, by a shorter name."""
+    return gpu_room
 
 
 def made(

@@ -175,6 +175,30 @@ def test_own_mixer_without_channels_in_its_shapes(room: str) -> None:
                 method()
 
 
+@rooms
+def test_own_mixer_with_one_number_a_step(room: str) -> None:
+    """Its parameter of one step is a 0-d array, to be read and written as ``scale[()]``."""
+
+    def apply(x: Any, out: Any, scale: Any) -> None:
+        for i in range(x.shape[0]):
+            out[i] = scale[()] * x[i]
+
+    def cotangent(x: Any, ybar: Any, xbar: Any, scale: Any, scale_bar: Any) -> None:
+        total = 0.0
+        for i in range(x.shape[0]):
+            xbar[i] = scale[()] * ybar[i]
+            total += x[i] * ybar[i]
+        scale_bar[()] = total
+
+    Scale = fp.mixers.define("Scale", apply, cotangent, params={"scale": ""})
+    mixer = Scale(np.full(3, 0.75))  # type: ignore[call-arg]
+    x = np.ones((2, 3, 5))
+    with in_room(room):
+        np.testing.assert_array_equal(mixer.apply(x), 0.75 * x)
+        np.testing.assert_array_equal(mixer.apply_transpose(x), 0.75 * x)
+        assert fp.check_adjoint(Scale.apply, mixer, x).passed
+
+
 def test_define_refuses_what_cannot_work() -> None:
     def function(*arrays: Any) -> None: ...
 

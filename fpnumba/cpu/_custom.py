@@ -41,8 +41,14 @@ def as_mixer(kind: Any, params: tuple[Any, ...]) -> Custom:
     return Custom(*functions, tuple(params), spare)
 
 
-def _arguments(count: int, tuple_name: str, step: str) -> str:
-    return "".join(f", {tuple_name}[{i}][b, {step}, ...]" for i in range(count))
+def _arguments(arrays: Any, tuple_name: str, step: str) -> str:
+    """What is a step's of each parameter; where that is one number, a 0-d array and not the number itself."""
+    return "".join(
+        f", {tuple_name}[{i}][b, {step} : {step} + 1].reshape(())"
+        if array.ndim == 2
+        else f", {tuple_name}[{i}][b, {step}, ...]"
+        for i, array in enumerate(arrays)
+    )
 
 
 def _written(head: str, call: str) -> Callable[..., Any]:
@@ -59,23 +65,21 @@ MIX, PULL = "p, b, t, n, d, out, work", "p, bar, b, t, n, d, e, out, work"
 
 @defines(mix, Custom, by_type=True)
 def custom_mix(p: Any) -> Callable[..., Any]:
-    count = len(p.types[3])
-    return _written(MIX, f"p.apply(d[k], out[k]{_arguments(count, 'p.arrays', 't + k')})")
+    arrays = p.types[3]
+    return _written(MIX, f"p.apply(d[k], out[k]{_arguments(arrays, 'p.arrays', 't + k')})")
 
 
 @defines(mix_transpose, Custom, by_type=True)
 def custom_transpose(p: Any) -> Callable[..., Any]:
-    count = len(p.types[3])
-    arrays = _arguments(count, "p.arrays", "t + k")
-    if len(p.types[4]) == 0 and count > 0:
+    arrays = _arguments(p.types[3], "p.arrays", "t + k")
+    if len(p.types[4]) == 0 and len(p.types[3]) > 0:
         return _written(MIX, f"p.transpose(d[k], out[k]{arrays})")
     # The vector at which the cotangents of the parameters are taken does not matter to Q^T y.
-    return _written(MIX, f"p.cotangent(d[k], d[k], out[k]{arrays}{_arguments(count, 'p.spare', '0')})")
+    return _written(MIX, f"p.cotangent(d[k], d[k], out[k]{arrays}{_arguments(p.types[3], 'p.spare', '0')})")
 
 
 @defines(pull, Custom, by_type=True)
 def custom_pull(p: Any) -> Callable[..., Any]:
-    count = len(p.types[3])
-    arrays = _arguments(count, "p.arrays", "t + k")
-    bars = _arguments(count, "bar.arrays", "t + k")
+    arrays = _arguments(p.types[3], "p.arrays", "t + k")
+    bars = _arguments(p.types[3], "bar.arrays", "t + k")
     return _written(PULL, f"p.cotangent(d[k], e[k], out[k]{arrays}{bars})")

@@ -10,12 +10,16 @@ sum_{j<i} y_j u_j`` with ``y_i = alpha_i u_i . v_i`` and, from above, ``w_i = e 
 
 In a sum of terms (DPLR) each sees ``d`` and ``e`` themselves.
 
-Memory traffic: everything read once and written once, also where the adjoint is solved on the way.
+Memory traffic: everything read once and written once, also where the adjoint is solved on the way. A step for one
+vector is two passes over the channels, each from the last channel down: the first reads memory and takes the sums, the
+second writes every result. For more vectors `touch` reads memory in that order, and the passes then find it in the
+first-level cache.
 """
 
 import numpy as np
 
-from fpnumba.cpu._jit import STRIP_BYTES, entry, from_bits, inlined, kernel, stream_end, stream_row
+from fpnumba.cpu._jit import entry, from_bits, inlined, kernel, stream_end, stream_row
+from fpnumba.cpu._lanes import larger_bits, largest_bits, line_of, load, no_bits, no_lanes, store, total
 from fpnumba.cpu._lowrank import (
     first_row,
     iterate_step,
@@ -25,7 +29,6 @@ from fpnumba.cpu._lowrank import (
     small_matrix,
     solve_small,
     sums,
-    sums_rank_one,
 )
 from fpnumba.cpu._relax import DIVERGED, ILL_CONDITIONED, MAX_ITER
 
@@ -34,35 +37,130 @@ D_ROW, E_ROW, LAM_ROW, GATE_ROW, EXTRA_ROWS = 0, 1, 2, 3, 4
 
 
 @inlined
-def touch(b, t, u, lam, gate, gated, x, h, s, solving, c, k, touched):
-    """``c = U d`` for the last vector, and ``k = U e`` where ``s`` is given, in strips.
+def sum_line(b, t, i, count, u, lam, gate, gated, x, h, source, solving, rows, q, gram, c):
+    """The share of channels `i` to `i + count` in the sums of `sums_one`."""
+    steps, dim = x.shape[1], x.shape[2]
+    at = (b * steps + t) * dim + i
+    one = x.dtype.type(1)
+    vector = load(u, at, count)
+    g = load(gate, at, count) if gated else one - load(lam, at, count)
+    c = c + vector * (load(x, at, count) - load(h, at, count))
+    if solving:
+        v = g * vector
+        q = q + v * (load(source, at, count) + load(rows, i, count))
+        gram = gram + v * vector
+    else:
+        q = q + vector * (g * load(source, at, count))
+    return q, gram, c
 
-    It is here that a step first reads ``x``, ``h``, and ``h_{t-1}``, of which it takes a sum that nobody needs: see
-    `fpnumba.cpu._jit.STRIP_BYTES`.
+
+@inlined
+def sums_one(b, t, u, lam, gate, gated, x, h, source, solving, rows, q, gram, c):
+    """First pass of a step for one vector, from the last channel down; it is here that memory is first read.
+
+    ``c = U d``, and while solving ``q = U (g * w)`` and ``G``. Otherwise `source` is ``s``, and ``q = U e``.
+    """
+    dim, line = x.shape[2], line_of(x)
+    whole = dim // line * line
+    q0, gram0, c0 = no_lanes(x), no_lanes(x), no_lanes(x)
+    if whole < dim:
+        q0, gram0, c0 = sum_line(
+            b, t, whole, dim - whole, u, lam, gate, gated, x, h, source, solving, rows, q0, gram0, c0
+        )  # fmt: skip
+    i = whole
+    while i > 0:
+        i -= line
+        q0, gram0, c0 = sum_line(
+            b, t, i, line, u, lam, gate, gated, x, h, source, solving, rows, q0, gram0, c0
+        )  # fmt: skip
+    q[0] = total(q0)
+    gram[0, 0] = total(gram0)
+    c[0] = total(c0)
+
+
+@inlined
+def pull_line(
+    b, t, i, count, u, lam, gate, gated, x, initial, h, s, source, solving, rows, lam_bar, gate_bar, u_bar, x_bar,
+    stream, solution, y, z, largest,
+):  # fmt: skip
+    """Channels `i` to `i + count` of `pull_one`."""
+    steps, dim = x.shape[1], x.shape[2]
+    at = (b * steps + t) * dim + i
+    one = x.dtype.type(1)
+    vector, decay, x_line, h_line = (
+        load(u, at, count),
+        load(lam, at, count),
+        load(x, at, count),
+        load(h, at, count),
+    )
+    g = load(gate, at, count) if gated else one - decay
+    before = load(h, at - dim, count) if t > 0 else load(initial, b * dim + i, count)
+    state = load(source, at, count)
+    if solving:
+        state = (state + load(rows, i, count)) + solution * vector
+        largest = larger_bits(largest, state)
+    e = g * state
+    mixed = x_line - y * vector
+    # All loads before all stores: rows of different arrays often agree in the last 12 bits of their address, and a
+    # load then waits for the store before it.
+    if solving:
+        store(rows, i, count, decay * state, False)
+        store(s, at, count, state, stream)
+    if gated:
+        store(lam_bar, at, count, state * before, stream)
+        store(gate_bar, at, count, state * mixed, stream)
+    else:
+        store(lam_bar, at, count, state * (before - mixed), stream)
+    store(x_bar, at, count, e - z * vector, stream)
+    store(u_bar, at, count, -y * e - z * (x_line - h_line), stream)
+    return largest
+
+
+@inlined
+def pull_one(
+    b, t, u, lam, gate, gated, x, initial, h, s, source, solving, rows, lam_bar, gate_bar, u_bar, x_bar, stream,
+    solution, y, z,
+):  # fmt: skip
+    """Second pass of a step for one vector: every cotangent, and while solving ``s``, and the start of the next step.
+
+    Returns the bits of the largest entry of ``s`` if it solves.
+    """
+    dim, line = x.shape[2], line_of(x)
+    whole = dim // line * line
+    largest = no_bits(x)
+    if whole < dim:
+        largest = pull_line(
+            b, t, whole, dim - whole, u, lam, gate, gated, x, initial, h, s, source, solving, rows,
+            lam_bar, gate_bar, u_bar, x_bar, stream, solution, y, z, largest,
+        )  # fmt: skip
+    i = whole
+    while i > 0:
+        i -= line
+        largest = pull_line(
+            b, t, i, line, u, lam, gate, gated, x, initial, h, s, source, solving, rows,
+            lam_bar, gate_bar, u_bar, x_bar, stream, solution, y, z, largest,
+        )  # fmt: skip
+    return largest_bits(largest)
+
+
+@inlined
+def touch(b, t, u, lam, gate, gated, x, h, source, touched):
+    """Read one number of every line of a step from the last channel down, and take a sum that nobody needs.
+
+    All passes of a step then find it in the first-level cache, in whatever order they go.
     """
     rank, dim = u.shape[2], u.shape[3]
-    zero, one = x.dtype.type(0), x.dtype.type(1)
-    strip = STRIP_BYTES // x.itemsize
-    strips = -(-dim // strip)
-    m = rank - 1
+    line = line_of(x)
     row = max(t - 1, 0)
-    cm, km, nothing = zero, zero, zero
-    for n in range(strips):
-        offset = (strips - 1 - n) * strip
-        if solving:
-            for j in range(min(strip, dim - offset)):
-                i = np.uintp(offset + j)
-                cm += u[b, t, m, i] * (x[b, t, i] - h[b, t, i])
-                nothing += h[b, row, i]
-        else:
-            for j in range(min(strip, dim - offset)):
-                i = np.uintp(offset + j)
-                g = gate[b, t, i] if gated else one - lam[b, t, i]
-                cm += u[b, t, m, i] * (x[b, t, i] - h[b, t, i])
-                km += u[b, t, m, i] * (g * s[b, t, i])
-                nothing += h[b, row, i]
-    c[m] = cm
-    k[m] = km
+    nothing = x.dtype.type(0)
+    i = (dim - 1) // line * line
+    while i >= 0:
+        for m in range(rank):
+            nothing += u[b, t, m, i]
+        if gated:
+            nothing += gate[b, t, i]
+        nothing += (lam[b, t, i] + source[b, t, i]) + (x[b, t, i] + h[b, row, i])
+        i -= line
     touched[0] = nothing
 
 
@@ -124,30 +222,6 @@ def weights(b, t, alpha, product, plain, c, k, alpha_bar, y, z):
 
 
 @inlined
-def pull_rank_one(b, t, u, lam, gate, gated, x, h, initial, rows, y, z):
-    """All rows of a step for one vector. Row 4 becomes ``u_bar``, 5 ``x_bar``, then those of ``lam`` and the gate."""
-    dim = x.shape[2]
-    one = x.dtype.type(1)
-    y0, z0 = rows.dtype.type(y[0]), rows.dtype.type(z[0])
-    inside = t > 0
-    row = t - 1 if inside else 0
-    for i in range(dim):
-        before = h[b, row, i] if inside else initial[b, i]
-        g = gate[b, t, i] if gated else one - lam[b, t, i]
-        s = rows[3, i]
-        e = g * s
-        vector = u[b, t, 0, i]
-        mixed = x[b, t, i] - y0 * vector
-        rows[4, i] = -(y0 * e) - z0 * (x[b, t, i] - h[b, t, i])
-        rows[5, i] = e - z0 * vector
-        if gated:
-            rows[7, i] = s * before
-            rows[8, i] = s * mixed
-        else:
-            rows[7, i] = s * (before - mixed)
-
-
-@inlined
 def pull_any_rank(b, t, u, product, lam_is_gate, x, h, initial, rows, y, z):
     """As `pull_rank_one`: rows 4 to 3 + r become ``u_bar``, and those after them ``x_bar``, of ``lam`` and the gate."""
     rank, dim = u.shape[2], u.shape[3]
@@ -188,13 +262,80 @@ def pull_any_rank(b, t, u, product, lam_is_gate, x, h, initial, rows, y, z):
 
 
 @inlined
-def store(target, b, t, rows, row, stream):
+def put(target, b, t, rows, row, stream):
     steps, dim = target.shape[1], target.shape[2]
     if stream:
         stream_row(target, (b * steps + t) * dim, rows, row * dim, dim)
     else:
         for i in range(dim):
             target[b, t, i] = rows[row, i]
+
+
+@inlined
+def solve_step(
+    b, t, u, lam, hbar, S, rows, direct, rtol, atol, max_iter, counts, change, scale, status, rcond,
+    q, p, y, bound, rho, spare, gram, system,
+):  # fmt: skip
+    """The ``r`` unknowns of a step into ``y``, from the sums."""
+    if direct:
+        condition = solve_small(gram, S, q, y, system, rho)
+        if not condition >= rcond[b, 0]:  # keeps a NaN
+            rcond[b, 0] = condition
+        return
+    count, dh, _, _, converged = iterate_step(
+        b, t, u, True, lam, hbar, rows, gram, S, q, p, y, bound, rho, spare, scale[b, 0],
+        rtol, atol, max_iter,
+    )  # fmt: skip
+    counts[b, t] = count
+    if not dh <= change[b, 0]:  # keeps a NaN
+        change[b, 0] = dh
+    if not np.isfinite(dh):
+        status[b, 0] = max(status[b, 0], DIVERGED)
+    elif not converged:
+        status[b, 0] = max(status[b, 0], MAX_ITER)
+
+
+@inlined
+def account(b, bits, scale, status):
+    """Take the largest entry of a step into the report."""
+    largest = np.float64(from_bits(bits))
+    if not np.isfinite(largest):
+        status[b, 0] = max(status[b, 0], DIVERGED)
+    scale[b, 0] = max(scale[b, 0], largest)
+
+
+@inlined
+def pull_segment_one(
+    b, begin, end, u, alpha, product, lam, gate, gated, x, initial, h, s,
+    lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol, max_iter,
+    counts, change, scale, status, rcond,
+    rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
+):  # fmt: skip
+    """`pull_segment` for one vector: two passes over the channels, from the last one down."""
+    steps, dim = x.shape[1], x.shape[2]
+    number = x.dtype.type
+    for i in range(dim):
+        rows[0, i] = 0
+    for n in range(begin, end):
+        t = steps - 1 - n
+        sums_one(b, t, u, lam, gate, gated, x, h, hbar, solving, rows, q, gram, c)
+        k[0] = q[0]
+        solution = number(0)
+        if solving:
+            S[0, 0] = alpha[b, t, 0]
+            solve_step(
+                b, t, u, lam, hbar, S, rows, direct, rtol, atol, max_iter, counts, change, scale, status, rcond,
+                q, p, y, bound, rho, spare, gram, system,
+            )  # fmt: skip
+            solution = number(y[0])
+            k[0] += gram[0, 0] * y[0]  # U (g * s), without another sum
+        weights(b, t, alpha, product, plain, c, k, alpha_bar, y, z)
+        bits = pull_one(
+            b, t, u, lam, gate, gated, x, initial, h, s, hbar, solving, rows, lam_bar, gate_bar, u_bar, x_bar, stream,
+            solution, number(y[0]), number(z[0]),
+        )  # fmt: skip
+        if solving:
+            account(b, bits, scale, status)
 
 
 @kernel
@@ -210,65 +351,39 @@ def pull_segment(
     first = 4 + rank
     for n in range(begin, end):
         t = steps - 1 - n
+        touch(b, t, u, lam, gate, gated, x, h, hbar, spare)
         if solving:
             if n == begin:
                 first_row(b, t, True, False, False, lam, initial, s, rows)
-            if rank == 1:
-                sums_rank_one(b, t, u, True, lam, gate, gated, hbar, rows, q, p, gram)
-                S[0, 0] = alpha[b, t, 0]
-            else:
-                sums(b, t, u, True, product, lam, gate, gated, hbar, rows, q, p, gram, plain)
-                small_matrix(b, t, alpha, True, product, plain, S)
-            if direct:
-                condition = solve_small(gram, S, q, y, system, rho)
-                if not condition >= rcond[b, 0]:  # keeps a NaN
-                    rcond[b, 0] = condition
-                _, size = result_row(b, t, u, True, lam, hbar, rows, y)
-                largest = np.float64(from_bits(size))
-                dh, converged = 0.0, True
-            else:
-                count, dh, _, largest, converged = iterate_step(
-                    b, t, u, True, lam, hbar, rows, gram, S, q, p, y, bound, rho, spare, scale[b, 0],
-                    rtol, atol, max_iter,
-                )  # fmt: skip
-                counts[b, t] = count
-                if not dh <= change[b, 0]:  # keeps a NaN
-                    change[b, 0] = dh
-            if not np.isfinite(largest) or not np.isfinite(dh):
-                status[b, 0] = max(status[b, 0], DIVERGED)
-            elif not converged:
-                status[b, 0] = max(status[b, 0], MAX_ITER)
-            scale[b, 0] = max(scale[b, 0], largest)
+            sums(b, t, u, True, product, lam, gate, gated, hbar, rows, q, p, gram, plain)
+            small_matrix(b, t, alpha, True, product, plain, S)
+            solve_step(
+                b, t, u, lam, hbar, S, rows, direct, rtol, atol, max_iter, counts, change, scale, status, rcond,
+                q, p, y, bound, rho, spare, gram, system,
+            )  # fmt: skip
+            _, bits = result_row(b, t, u, True, lam, hbar, rows, y)
+            account(b, bits, scale, status)
             next_state(b, t, True, lam, rows)
             put_row(b, t, s, rows, 3, stream, False)
-        touch(b, t, u, lam, gate, gated, x, h, s, solving, c, k, spare)
         if not solving:
             for i in range(dim):
                 rows[3, i] = s[b, t, i]
-            if product and rank > 1:
+            if product:
                 products(b, t, u, plain)
-        if rank > 1:
-            differences(b, t, lam, gate, gated, x, h, rows, first)
-            projections(b, t, u, rows, first, c, k)
-        elif solving:
-            k[0] = q[0] + gram[0, 0] * y[0]  # U (g * s), without another sum
+        differences(b, t, lam, gate, gated, x, h, rows, first)
+        projections(b, t, u, rows, first, c, k)
         weights(b, t, alpha, product, plain, c, k, alpha_bar, y, z)
-        if rank == 1:
-            pull_rank_one(b, t, u, lam, gate, gated, x, h, initial, rows, y, z)
-        else:
-            pull_any_rank(b, t, u, product, not gated, x, h, initial, rows, y, z)
+        pull_any_rank(b, t, u, product, not gated, x, h, initial, rows, y, z)
         if stream:
             stream_row(u_bar, (b * steps + t) * rank * dim, rows, 4 * dim, rank * dim)
         else:
             for m in range(rank):
                 for i in range(dim):
                     u_bar[b, t, m, i] = rows[4 + m, i]
-        store(x_bar, b, t, rows, first, stream)
-        store(lam_bar, b, t, rows, first + 2, stream)
+        put(x_bar, b, t, rows, first, stream)
+        put(lam_bar, b, t, rows, first + 2, stream)
         if gated:
-            store(gate_bar, b, t, rows, first + 3, stream)
-    if direct and rcond[b, 0] < 1e3 * eps:
-        status[b, 0] = max(status[b, 0], ILL_CONDITIONED)
+            put(gate_bar, b, t, rows, first + 3, stream)
 
 
 @entry
@@ -286,10 +401,29 @@ def pull_steps(
     S, system = np.zeros((rank, rank)), np.zeros((rank, rank))
     for task in range(first, last):
         b, j = task // segments, task % segments
-        pull_segment(
-            b, steps * j // segments, steps * (j + 1) // segments, u, alpha, product, lam, gate, gated, x, initial,
-            h, s, lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol,
-            max_iter, counts, change, scale, status, rcond,
-            rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
-        )  # fmt: skip
+        begin, end = steps * j // segments, steps * (j + 1) // segments
+        # The flags of one case that is common and large as constants: a sixth of the whole time
+        if rank == 1 and solving and stream and not gated:
+            pull_segment_one(
+                b, begin, end, u, alpha, product, lam, gate, False, x, initial,
+                h, s, lam_bar, gate_bar, u_bar, alpha_bar, x_bar, True, hbar, True, direct, eps, rtol, atol,
+                max_iter, counts, change, scale, status, rcond,
+                rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
+            )  # fmt: skip
+        elif rank == 1:
+            pull_segment_one(
+                b, begin, end, u, alpha, product, lam, gate, gated, x, initial,
+                h, s, lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol,
+                max_iter, counts, change, scale, status, rcond,
+                rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
+            )  # fmt: skip
+        else:
+            pull_segment(
+                b, begin, end, u, alpha, product, lam, gate, gated, x, initial,
+                h, s, lam_bar, gate_bar, u_bar, alpha_bar, x_bar, stream, hbar, solving, direct, eps, rtol, atol,
+                max_iter, counts, change, scale, status, rcond,
+                rows, q, p, c, k, y, z, bound, rho, spare, gram, plain, S, system,
+            )  # fmt: skip
+        if direct and rcond[b, 0] < 1e3 * eps:
+            status[b, 0] = max(status[b, 0], ILL_CONDITIONED)
     stream_end()

@@ -487,7 +487,7 @@ def rnn_cotangents(
     if is_low_rank(kind) and params[0].shape[2] > 0:
         outputs = (lam_bar, lam_bar if gate_bar is None else gate_bar, *bars, x_bar)
         stream = streams(6 * x.nbytes + 2 * params[0].nbytes, *bars[:1], lam_bar, x_bar)
-        unsolved = (x, False, False, 0.0, 0.0, 0.0, 1, *_blank(batch, 1, 1))
+        unsolved = (s, False, False, 0.0, 0.0, 0.0, 1, *_blank(batch, 1, 1))
         arrays = (*params, kind == "householder", *inputs, h, s, *outputs)
         _threads.run(_pull.pull_steps, batch * segments, work, *arrays, segments, stream, *unsolved)
     else:
