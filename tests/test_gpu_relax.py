@@ -286,7 +286,7 @@ def test_divergence_is_said(room: Room, shape: Any, dtype: str) -> None:
 )
 def test_the_order_of_threads_is_of_no_consequence(simt_device: Any, shape: Any, chunk: int) -> None:
     """Neither does a sequence depend on how many multiprocessors it is spread over."""
-    room = Room(lambda a: a, lambda a: a)
+    room = Room("simt", lambda a: a, lambda a: a)
     p = made(*shape, batch=3, dtype="float32", gated=True)
     for adjoint in (False, True):
         first, *others = [
@@ -301,7 +301,7 @@ def test_the_order_of_threads_is_of_no_consequence(simt_device: Any, shape: Any,
 @pytest.mark.parametrize("slowest", [0.9999, 0.3])
 def test_segments_of_time(simt_device: Any, slowest: float) -> None:
     """A slow decay, so that corrections reach far, and a quick one, so that they stop."""
-    room = Room(lambda a: a, lambda a: a)
+    room = Room("simt", lambda a: a, lambda a: a)
     p = made("kronecker", 3, 5, batch=2, steps=83, dtype="float32")
     p = replace(p, lam=np.full_like(p.lam, slowest))
     exact = p.astype("float64")

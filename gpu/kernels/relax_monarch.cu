@@ -49,33 +49,47 @@ __device__ __forceinline__ int spot(int channel) {
 
 __device__ __forceinline__ int rank_in_cluster() { return CLUSTER > 1 ? blockIdx.x % CLUSTER : 0; }
 
-__device__ __forceinline__ void everybody() {
+// All blocks of the cluster wait for each other, in two parts: what was written before the first is seen after the second.
+__device__ __forceinline__ void arrive() {
+#if CLUSTER > 1 && !defined(SIMT)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait() {
 #if CLUSTER == 1
   __syncthreads();
 #elif defined(SIMT)
   simt_cluster_barrier();
 #else
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// Store at the same place of the shared memory of every block of the cluster.
-__device__ __forceinline__ void tell(bits* place, bits v) {
+// The threads that share a block of M wait for each other.
+__device__ __forceinline__ void neighbours() {
+#if EDGE <= 32
+  __syncwarp();
+#elif defined(SIMT)
+  __syncthreads();
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + (int)threadIdx.x / EDGE), "n"(EDGE) : "memory");
+#endif
+}
+
+// Store at the same place of the shared memory of one block of the cluster.
+__device__ __forceinline__ void tell(bits* place, bits v, int whom) {
 #if CLUSTER == 1
   *place = v;
 #elif defined(SIMT)
-  for (int k = 0; k < CLUSTER; ++k) *simt::in_cluster(place, k) = v;
+  *simt::in_cluster(place, whom) = v;
 #else
   const u32 here = (u32)__cvta_generic_to_shared(place);
-#pragma unroll
-  for (int k = 0; k < CLUSTER; ++k) {
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(k));
-    if constexpr (sizeof(bits) == 8)
-      asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(there), "l"((u64)v) : "memory");
-    else
-      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there), "r"((u32)v) : "memory");
-  }
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(whom));
+  if constexpr (sizeof(bits) == 8)
+    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(there), "l"((u64)v) : "memory");
+  else
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there), "r"((u32)v) : "memory");
 #endif
 }
 
@@ -110,7 +124,8 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
   piece* stage = (piece*)memory;
   real* iterates = (real*)(memory + sizeof(store) * THREADS * EDGE);
   bits* maxima = (bits*)(iterates + 2 * THREADS);
-  everybody();  // all run before one writes to another
+  arrive();
+  wait();  // all run before one writes to another
 
   auto time = [&](i64 n) { return b * steps + (ADJOINT ? steps - 1 - n : n); };
   // Run r of the block: row `row + r` of M from column group TC on, or, transposed, row group TC + r from column `row`
@@ -195,8 +210,7 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       constant = x + (spoilt + strength * 0);
     } else {
       publish(x);
-      if (EDGE > 32) __syncthreads();
-      else __syncwarp();
+      neighbours();
       constant = g * (x - mixed(strength));
     }
     real f = ADJOINT ? constant + carry : decay * carry + constant, old = 0;
@@ -212,13 +226,18 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       const bits size = warp_most(inside ? magnitude_bits(f) : 0);
       bits loss = 0;
       if (now.count == 0) loss = warp_most(leaves);
-      if (lane == 0) {
+      if (lane < CLUSTER) {
         const int mine = rank_in_cluster() * WARPS + warp;
-        tell(told + mine, changed);
-        tell(told + WARPS * CLUSTER + mine, size);
-        if (now.count == 0) tell(told + 2 * WARPS * CLUSTER + mine, loss);
+        tell(told + mine, changed, lane);
+        tell(told + WARPS * CLUSTER + mine, size, lane);
+        if (now.count == 0) tell(told + 2 * WARPS * CLUSTER + mine, loss, lane);
       }
-      everybody();
+      arrive();
+      // The next iteration, while the news of this one is on its way
+      neighbours();
+      const real mixes = mixed(strength);
+      const real next = ADJOINT ? constant + mixes + carry : decay * carry + (constant + g * mixes);
+      wait();
       bits all[3] = {};
 #pragma unroll
       for (int what = 0; what < 3; ++what) {
@@ -233,8 +252,7 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       now.iterated(from_magnitude(all[0]), from_magnitude(all[1]), outcome.scale, share, eps, rtol, atol);
       if (!now.goes_on(max_iter)) break;
       old = f;
-      const real mixes = mixed(strength);
-      f = ADJOINT ? constant + mixes + carry : decay * carry + (constant + g * mixes);
+      f = next;
     }
     outcome.add(now);
     if (inside) value[time(n) * dim + channel] = narrow(f);
