@@ -5,8 +5,8 @@ cases of that room and nothing else.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 # Plots are drawn without a screen; set before anything imports matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,6 +17,7 @@ import gpu_machine
 import hypothesis
 import numpy as np
 import pytest
+from gpu_machine import GpuRoom
 from hall import ABSENT
 
 # On a machine with a GPU its arrays are exchanged as well; elsewhere JAX need not look for one.
@@ -59,14 +60,6 @@ hypothesis.settings.load_profile("quick")
 def rng() -> np.random.Generator:
     """A generator with a fixed seed, so that a failing test fails again."""
     return np.random.default_rng(20250310)
-
-
-class GpuRoom(NamedTuple):
-    """Where the arrays of a test of the GPU room lie, and how they get there and back."""
-
-    name: str
-    give: Callable[[Any], Any]
-    get: Callable[[Any], Any]
 
 
 @pytest.fixture(params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])

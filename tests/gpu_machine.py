@@ -3,6 +3,8 @@
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # How the reports of tests begin that were left out because there is none.
 REASON = "no GPU"
@@ -44,3 +46,11 @@ def reason() -> str:
 def required() -> bool:
     """Whether tests that find no device are to fail: FPNUMBA_REQUIRE_GPU=1, where there ought to be one."""
     return os.environ.get("FPNUMBA_REQUIRE_GPU") == "1"
+
+
+class GpuRoom(NamedTuple):
+    """Where the arrays of a test of the GPU room lie, and how they get there and back."""
+
+    name: str
+    give: Callable[[Any], Any]
+    get: Callable[[Any], Any]

@@ -342,7 +342,7 @@ def test_engines(simt_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.gpu
 def test_wide_steps_on_a_device(kind: str, rank: int, dim: int, dtype: str) -> None:
-    from conftest import GpuRoom
+    from gpu_machine import GpuRoom
 
     cupy = _device.xp()
     room = GpuRoom("cupy", cupy.asarray, cupy.asnumpy)

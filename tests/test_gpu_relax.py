@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import strategies
-from conftest import GpuRoom as Room
+from gpu_machine import GpuRoom as Room
 from numpy.testing import assert_allclose, assert_array_equal
 from strategies import Problem
 
