@@ -49,7 +49,8 @@ __device__ __forceinline__ int spot(int channel) {
 
 __device__ __forceinline__ int rank_in_cluster() { return CLUSTER > 1 ? blockIdx.x % CLUSTER : 0; }
 
-// All blocks of the cluster wait for each other, in two parts: what was written before the first is seen after the second.
+// All blocks of the cluster wait for each other, in two parts: what was written before the first is seen after the
+// second.
 __device__ __forceinline__ void arrive() {
 #if CLUSTER > 1 && !defined(SIMT)
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
