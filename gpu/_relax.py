@@ -15,9 +15,10 @@ Array = Any
 Params = tuple[Array, ...]
 
 KINDS = {"kronecker": 0, "monarch": 1, "dplr": 2, "householder": 3}
-# Shared memory that a block may have, and what is left to each of two blocks of a multiprocessor.
-MOST_SHARED = 227 * 1024
+# Shared memory of each of two blocks of a multiprocessor
 HALF_SHARED = 112 * 1024
+# Devices whose blocks may have so much of it work in clusters of up to eight blocks.
+CLUSTER_SHARED, MOST_CLUSTER = 227 * 1024, 8
 # Steps of a chunk, where they fit.
 LONGEST_CHUNK = 32
 # A segment of time has this many chunks at least, and a sequence so many segments at most.
@@ -192,7 +193,7 @@ def _any_shape(
     spare = _spare(mixer, groups)
     shared = ROOM + spare * groups.many * real.itemsize
     iterate = mixed = None
-    if shared + 2 * chunk * dim * real.itemsize <= MOST_SHARED:
+    if shared + 2 * chunk * dim * real.itemsize <= _device.shared_limit():
         shared += 2 * chunk * dim * real.itemsize
     else:
         mixed = xp.empty((batch, chunk, dim), real)
@@ -280,7 +281,17 @@ def _in_registers(mixer: _Mixer, dtype: Any) -> bool:
     """Whether `relax_monarch` serves solves of this mixer in chunks of one step."""
     size, words = mixer.d2, _real(dtype).itemsize // 4
     power = size >= 4 and size & (size - 1) == 0 and size * words <= 64
-    return mixer.kind == "monarch" and power and mixer.dim <= 8 * 512
+    return mixer.kind == "monarch" and power and _channels(mixer, 1) is not None
+
+
+def _channels(mixer: _Mixer, batch: int) -> int | None:
+    """Channels, and threads, of a block of `relax_monarch`; None where a cluster is too small for all of them."""
+    most = MOST_CLUSTER if _device.shared_limit() >= CLUSTER_SHARED else 1
+    # Few sequences spread over more multiprocessors; the result is the same.
+    spread = batch * -(-mixer.dim // 128) <= _device.multiprocessors()
+    threads = next((t for t in (128 if spread else 256, 256, 512) if -(-mixer.dim // t) <= most), None)
+    least = max(32, mixer.d2)
+    return threads and min(threads, -(-mixer.dim // least) * least)
 
 
 def _monarch_kernel(
@@ -295,7 +306,7 @@ def _monarch_kernel(
     shared = bytes_ * threads * size + 8 * words * threads + 24 * words * threads // 32 * cluster
     # numbers that a thread holds: its part of M, and whatever else there is
     held = min(255, words * (size + 16) + 48)
-    blocks = max(1, min(8, 65536 // (held * threads), MOST_SHARED // (shared + 1024)))
+    blocks = max(1, min(8, 65536 // (held * threads), CLUSTER_SHARED // (shared + 1024)))
     macros = {"STORE": store, "EDGE": size, "THREADS": threads, "BLOCKS": blocks}
     macros |= {"CLUSTER": cluster} if cluster > 1 else {}
     macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated)) if v}
@@ -320,11 +331,8 @@ def _monarch(
 ) -> None:
     """The kernel `relax_monarch`: one thread for each channel of a step."""
     batch, steps, dim = source.shape
-    least = max(32, mixer.d2)
-    # Few sequences spread over more multiprocessors; the result is the same.
-    spread = batch * -(-dim // 128) <= _device.multiprocessors()
-    threads = next(t for t in (128 if spread else 256, 256, 512) if -(-dim // t) <= 8)
-    threads = min(threads, -(-dim // least) * least)
+    threads = _channels(mixer, batch)
+    assert threads is not None
     kernel, shared = _monarch_kernel(
         _report.store(source.dtype), mixer.d2, dim, threads, adjoint, gate is not None
     )
@@ -386,6 +394,9 @@ def iterate(
         mix = _kronecker_steps("mix_kronecker", macros, mixer)
         shared = WARPS * _rows_of_tiles(mixer) * (8 * -(-mixer.d2 // 8) + 4) * real.itemsize
         _device.launch(mix, -(-rows // WARPS), 32 * WARPS, (*arrays, np.int64(rows)), shared=shared)
+    elif _by_blocks(mixer):
+        mix, blocks = _monarch_steps("mix_monarch", macros, mixer, rows)
+        _device.launch(mix, blocks, 32 * WARPS, (*arrays, np.int32(mixer.d1), np.int64(rows)))
     else:
         groups = _groups(dim, 8, 256)
         spare = _spare(mixer, groups)
@@ -455,6 +466,10 @@ def pull(
             arguments = (*arrays, np.int64(rows), np.int64(steps))
             shared = WARPS * space * real.itemsize
             _device.launch(kernel, -(-rows // WARPS), 32 * WARPS, arguments, shared=shared)
+        elif _by_blocks(mixer):
+            kernel, blocks = _monarch_steps("pull_monarch", macros, mixer, rows)
+            arguments = (*arrays, np.int32(mixer.d1), np.int64(rows), np.int64(steps))
+            _device.launch(kernel, blocks, 32 * WARPS, arguments)
         else:
             _pull_any_shape(mixer, macros, arrays, rows, steps)
     return lam_bar, gate_bar, x_bar, initial_bar, bars
@@ -468,7 +483,7 @@ def _pull_any_shape(
     groups = _groups(mixer.dim, 8, 256)
     spare = _spare(mixer, groups, 2 if mixer.low_rank else 4)
     shared, blocks, scratch = groups.many * spare * real.itemsize, -(-rows // groups.many), None
-    if shared > MOST_SHARED:
+    if shared > _device.shared_limit():
         blocks = min(blocks, 2 * _device.multiprocessors())
         shared, scratch = 0, _device.xp().empty((blocks, groups.many * spare), real)
     kernel = Kernel.of("relax_pull.cu", "pull", macros | ({"WIDE": 1} if groups.wide else {}))
@@ -485,6 +500,19 @@ def _kronecker_steps(function: str, macros: dict[str, object], mixer: _Mixer) ->
     """A kernel of `relax_pull_kronecker.cu`, where warps take steps that are independent of each other."""
     given = {k: macros[k] for k in ("STORE", "ADJOINT", "GATED") if k in macros}
     return Kernel.of("relax_pull_kronecker.cu", function, given | {"D1": mixer.d1, "D2": mixer.d2})
+
+
+def _by_blocks(mixer: _Mixer) -> bool:
+    """Whether there are kernels that take the blocks of a Monarch mixer one by one."""
+    return mixer.kind == "monarch" and mixer.d1 > 0 and 0 < mixer.d2 <= 128
+
+
+def _monarch_steps(function: str, macros: dict[str, object], mixer: _Mixer, rows: int) -> tuple[Kernel, int]:
+    """A kernel of `relax_pull_monarch.cu`, and how many blocks of threads it wants."""
+    given = {k: macros[k] for k in ("STORE", "ADJOINT", "GATED") if k in macros}
+    lanes = min(32, 1 << (mixer.d2 - 1).bit_length())
+    kernel = Kernel.of("relax_pull_monarch.cu", function, given | {"EDGE": mixer.d2})
+    return kernel, -(-rows * mixer.d1 * lanes // (32 * WARPS))
 
 
 def representative() -> list[Kernel]:
@@ -521,6 +549,9 @@ def representative() -> list[Kernel]:
         kernels += [
             Kernel.of("relax_pull_kronecker.cu", f, sizes) for f in ("mix_kronecker", "pull_kronecker")
         ]
+    for store, edge in (("float", 64), ("double", 12)):
+        given: dict[str, object] = {"STORE": store, "EDGE": edge, "GATED": 1}
+        kernels += [Kernel.of("relax_pull_monarch.cu", f, given) for f in ("mix_monarch", "pull_monarch")]
     for store, size, dim, threads, adjoint, gated in (
         ("float", 64, 1024, 256, False, False),
         ("f16", 64, 1024, 128, True, True),

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from strategies import Problem
 
 from fpnumba.cpu import solve as cpu
-from fpnumba.gpu import _relax
+from fpnumba.gpu import _device, _relax
 from fpnumba.reference import solve as reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -41,6 +41,7 @@ LARGE = (
     ("kronecker", 40, 36),
     ("monarch", 16, 64),
     ("monarch", 9, 120),
+    ("monarch", 2, 130),
     ("householder", 2, 1100),
     ("householder", 9, 1100),
 )
@@ -177,7 +178,7 @@ def test_chunks_that_do_not_fit_into_shared_memory(
     for adjoint, chunk in ((False, 9), (True, 4)):
         near = ours(room, p, adjoint, chunk)
         with monkeypatch.context() as patch:
-            patch.setattr(_relax, "MOST_SHARED", 0)
+            patch.setattr(_device, "shared_limit", lambda: 0)
             far = ours(room, p, adjoint, chunk)
         same(far._replace(value=far.value.astype(float)), near._replace(value=near.value.astype(float)), 2e-5)
 
@@ -379,7 +380,7 @@ def test_nothing_to_pull(room: Room) -> None:
         assert _relax.iterate(*system(room, p), room.give(p.x), None, room.give(p.h), adjoint=False).size == 0
 
 
-def test_default_chunk_fits() -> None:
+def test_default_chunk_fits(room: Room) -> None:
     for kind, d1, d2 in (*SHAPES, *LARGE):
         p = made(kind, d1, d2, batch=1, steps=1)
         for dtype in ("float64", "float32", "float16"):

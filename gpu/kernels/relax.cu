@@ -7,8 +7,8 @@
 // change and the size that the stopping rule wants. The iterate and what mixing made of it lie in shared memory where
 // they fit, in device memory otherwise.
 //
-// Memory traffic: lam, source, the parameters (and the gate) from device memory once per chunk, and from the caches once
-// per iteration; the result written once.
+// Memory traffic: lam, source, the parameters (and the gate) from device memory once per chunk, and from the caches
+// once per iteration; the result written once.
 //
 // Macros: STORE; KIND, RANK, WIDE (relax_mix.cuh); ADJOINT 0 or 1; GATED 0 or 1 (0: g = 1 - lam).
 #include "common.cuh"
@@ -42,7 +42,8 @@ __device__ __forceinline__ void mix_step(Shape s, const store* first, const stor
 
 #define BATCH 4
 
-// One channel over the steps of a chunk; `state` is what comes in, lam h or lam s of the step before included if ADJOINT.
+// One channel over the steps of a chunk; `state` is what comes in, lam h or lam s of the step before included if
+// ADJOINT.
 __device__ __forceinline__ void scan_channel(int n, int dim, const store* lam, const real* z, real* h, real state,
                                              real old_share, real new_share, bits& change, bits& size) {
   for (int from = 0; from < n; from += BATCH) {
@@ -75,9 +76,9 @@ __device__ __forceinline__ void scan_channel(int n, int dim, const store* lam, c
   }
 }
 
-// value, lam, gate, source, guess (B, T, D); initial, carry (B, D). `iterate` and `mixed` are (B, chunk, D), or null for
-// shared memory; `iterate` may be `value`. guess null: from zero. Shared memory: 128 of bits, `spare` numbers per group, 2
-// chunk D numbers unless `iterate` is given.
+// value, lam, gate, source, guess (B, T, D); initial, carry (B, D). `iterate` and `mixed` are (B, chunk, D), or null
+// for shared memory; `iterate` may be `value`. guess null: from zero. Shared memory: 128 of bits, `spare` numbers per
+// group, 2 chunk D numbers unless `iterate` is given.
 extern "C" __global__ void __launch_bounds__(512, 1)
 relax(const store* first, const store* second, const store* lam, const store* gate, const store* source,
       const store* initial, const store* guess, store* value, real* iterate, real* mixed, real* carry, int dim, int d1,

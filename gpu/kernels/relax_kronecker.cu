@@ -1,15 +1,16 @@
 // The fixed point of (F) and its adjoint for Q = I - K1 (x) K2, in chunks of at most WARPS steps; d1, d2 up to 32.
 //
-//     h_t = lam_t h_{t-1} + c_t + g_t P_t h_t,  c = g (x - P x),        s_t = lam_{t+1} s_{t+1} + hbar_t + P_t^T (g_t s_t)
+//     h_t = lam_t h_{t-1} + c_t + g_t P_t h_t,  c = g (x - P x)
+//     s_t = lam_{t+1} s_{t+1} + hbar_t + P_t^T (g_t s_t)
 //
 // Sections 3, 6 and 7 of docs/mathematics.md. One block per sequence, or where these are few, per segment of time: then
 // launches follow each other, a round each. In the first all segments start from zero, in the others from what the one
 // before has left by then, as long as that is news, until their result is what was there to within rounding.
 //
 // A warp mixes one step, on tensor cores (relax_tensor.cuh), from parameters that it keeps in registers as long as the
-// chunk is iterated. A thread scans the same channels of all steps, with their lam and iterate in registers and their c in
-// shared memory. What passes between them, the iterate (in the adjoint g times it) one way and what mixing made of it
-// the other, goes through shared memory, in place.
+// chunk is iterated. A thread scans the same channels of all steps, with their lam and iterate in registers and their c
+// in shared memory. What passes between them, the iterate (in the adjoint g times it) one way and what mixing made of
+// it the other, goes through shared memory, in place.
 //
 // Memory traffic: everything from device memory once (a gate once per iteration, from the caches), the result written
 // once. Per iteration and step of D channels: D numbers of shared memory read and written by the mixing, 2 D read and D
@@ -322,7 +323,10 @@ relax_kronecker(const store* k1, const store* k2, const store* lam, const store*
             *(Stored*)(value + at(j, k)) = out;
           }
       }
-    if (threadIdx.x == 0) counts[b * chunks + c] = round > 0 ? max(counts[b * chunks + c], (int)now.count) : (int)now.count;
+    if (threadIdx.x == 0) {
+      int* place = counts + b * chunks + c;
+      *place = round > 0 ? max(*place, (int)now.count) : (int)now.count;
+    }
     if (round > 0) {
       bits moves = magnitude_bits(differs), size = magnitude_bits(wide);
       block_largest(moves, size, room + 4 * WARPS);  // not where the last iteration or the next chunk is at work

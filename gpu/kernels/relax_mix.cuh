@@ -156,9 +156,9 @@ __device__ __forceinline__ void product(const A& a, const B& b, int rows, int in
 
 // put(row, sum_j M[row, j] v[j]) for a block of a Monarch mixer: eight lanes to a row.
 template <class Put>
-__device__ __forceinline__ void rows_times(const store* m, const real* v, int size, int row0, int rows, const Put& put) {
+__device__ __forceinline__ void rows_times(const store* m, const real* v, int size, int rows, const Put& put) {
   const int lane = threadIdx.x % 8;
-  for (int start = row0; start < rows; start += group_size() / 8) {  // the same trips for all lanes of a warp
+  for (int start = 0; start < rows; start += group_size() / 8) {  // the same trips for all lanes of a warp
     const int row = start + place() / 8;
     const bool inside = row < rows;
     const store* mine = m + (i64)(inside ? row : 0) * size;
@@ -173,7 +173,8 @@ __device__ __forceinline__ void rows_times(const store* m, const real* v, int si
 // Of more vectors than this, the inner products are not taken together.
 #define MANY (RANK > 8)
 
-// Number of sums over channels that a step of low rank needs: U d, and for a product of reflections U U^T below its diagonal
+// Number of sums over channels that a step of low rank needs: U d, and for a product of reflections U U^T below its
+// diagonal
 #define PAIRS (KIND == HOUSEHOLDER && !MANY ? RANK * (RANK - 1) / 2 : 0)
 #define SUMS (MANY || RANK == 0 ? 1 : RANK + PAIRS)
 
@@ -198,7 +199,8 @@ __device__ __forceinline__ void take_away(int dim, const store* u, real weight, 
 #else
 
 // weights y with P d = sum_a y_a u_a; section 2 of docs/mathematics.md
-template <bool TRANSPOSED> __device__ __forceinline__ void low_rank_weights(const store* alpha, const real* sums, real* y) {
+template <bool TRANSPOSED>
+__device__ __forceinline__ void low_rank_weights(const store* alpha, const real* sums, real* y) {
 #pragma unroll
   for (int n = 0; n < RANK; ++n) {
     const int a = TRANSPOSED ? RANK - 1 - n : n;
@@ -238,7 +240,7 @@ __device__ __forceinline__ void mix(Shape s, const store* first, const store* se
       spare[i] = (real)widen(second[block]) * sum;
     }
   } else {
-    rows_times(first, v, s.d2, 0, s.dim, [&](int i, real sum) { spare[i] = (real)widen(second[i / s.d2]) * sum; });
+    rows_times(first, v, s.d2, s.dim, [&](int i, real sum) { spare[i] = (real)widen(second[i / s.d2]) * sum; });
   }
   group_sync();
   for (int i = place(); i < s.dim; i += group_size()) v[i] = spare[i];

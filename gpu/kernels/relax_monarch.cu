@@ -1,12 +1,14 @@
-// The fixed point of (F) and its adjoint for Q = I - blockdiag(alpha_j M_j), step after step; blocks of 4 to 64, a power of
-// two.
+// The fixed point of (F) and its adjoint for Q = I - blockdiag(alpha_j M_j), step after step; blocks of 4 to 64, a
+// power of two.
 //
-//     h_t = lam_t h_{t-1} + c_t + g_t alpha M h_t,  c = g (x - alpha M x),    s_t = hbar_t + lam_{t+1} s_{t+1} + alpha M^T (g_t s_t)
+//     h_t = lam_t h_{t-1} + c_t + g_t alpha M h_t,  c = g (x - alpha M x)
+//     s_t = hbar_t + lam_{t+1} s_{t+1} + alpha M^T (g_t s_t)
 //
 // Sections 3, 6 and 7 of docs/mathematics.md. One cluster of CLUSTER blocks per sequence. A thread has one channel, and
-// EDGE elements of its block of M in registers as long as the step is iterated: TR rows of TC columns. It multiplies them
-// with TC numbers of the iterate, which is in shared memory, and TR neighbours add up their rows so that each ends with
-// its own channel. One barrier per iteration: with it go the iterate and the maxima that decide whether it was the last.
+// EDGE elements of its block of M in registers as long as the step is iterated: TR rows of TC columns. It multiplies
+// them with TC numbers of the iterate, which is in shared memory, and TR neighbours add up their rows so that each ends
+// with its own channel. One barrier per iteration: with it go the iterate and the maxima that decide whether it was the
+// last.
 //
 // Memory traffic: everything from device memory once, M by way of shared memory while the step before is iterated; the
 // result written once.
@@ -47,33 +49,48 @@ __device__ __forceinline__ int spot(int channel) {
 
 __device__ __forceinline__ int rank_in_cluster() { return CLUSTER > 1 ? blockIdx.x % CLUSTER : 0; }
 
-__device__ __forceinline__ void everybody() {
+// All blocks of the cluster wait for each other, in two parts: what was written before the first is seen after the
+// second.
+__device__ __forceinline__ void arrive() {
+#if CLUSTER > 1 && !defined(SIMT)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait() {
 #if CLUSTER == 1
   __syncthreads();
 #elif defined(SIMT)
   simt_cluster_barrier();
 #else
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// Store at the same place of the shared memory of every block of the cluster.
-__device__ __forceinline__ void tell(bits* place, bits v) {
+// The threads that share a block of M wait for each other.
+__device__ __forceinline__ void neighbours() {
+#if EDGE <= 32
+  __syncwarp();
+#elif defined(SIMT)
+  __syncthreads();
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + (int)threadIdx.x / EDGE), "n"(EDGE) : "memory");
+#endif
+}
+
+// Store at the same place of the shared memory of one block of the cluster.
+__device__ __forceinline__ void tell(bits* place, bits v, int whom) {
 #if CLUSTER == 1
   *place = v;
 #elif defined(SIMT)
-  for (int k = 0; k < CLUSTER; ++k) *simt::in_cluster(place, k) = v;
+  *simt::in_cluster(place, whom) = v;
 #else
   const u32 here = (u32)__cvta_generic_to_shared(place);
-#pragma unroll
-  for (int k = 0; k < CLUSTER; ++k) {
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(k));
-    if constexpr (sizeof(bits) == 8)
-      asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(there), "l"((u64)v) : "memory");
-    else
-      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there), "r"((u32)v) : "memory");
-  }
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(whom));
+  if constexpr (sizeof(bits) == 8)
+    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(there), "l"((u64)v) : "memory");
+  else
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there), "r"((u32)v) : "memory");
 #endif
 }
 
@@ -92,12 +109,12 @@ __device__ __forceinline__ bits warp_most(bits v) {
   }
 }
 
-// blocks (B, T, D / EDGE, EDGE, EDGE), alpha (B, T, D / EDGE); lam, gate, source, value (B, T, D); initial (B, D) or null.
-// Shared memory: THREADS EDGE stored elements, 2 THREADS numbers, 6 WARPS CLUSTER of `bits`.
+// blocks (B, T, D / EDGE, EDGE, EDGE), alpha (B, T, D / EDGE); lam, gate, source, value (B, T, D); initial (B, D) or
+// null. Shared memory: THREADS EDGE stored elements, 2 THREADS numbers, 6 WARPS CLUSTER of `bits`.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS)
 relax_monarch(const store* blocks, const store* alpha, const store* lam, const store* gate, const store* source,
-              const store* initial, store* value, int dim, i64 steps, double eps, double rtol, double atol, i64 max_iter,
-              int* counts, double* change_out, double* scale_out, int* state_out) {
+              const store* initial, store* value, int dim, i64 steps, double eps, double rtol, double atol,
+              i64 max_iter, int* counts, double* change_out, double* scale_out, int* state_out) {
   typedef Pack<store, PIECE> piece;
   const i64 b = blockIdx.x / CLUSTER;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -108,10 +125,12 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
   piece* stage = (piece*)memory;
   real* iterates = (real*)(memory + sizeof(store) * THREADS * EDGE);
   bits* maxima = (bits*)(iterates + 2 * THREADS);
-  everybody();  // all run before one writes to another
+  arrive();
+  wait();  // all run before one writes to another
 
   auto time = [&](i64 n) { return b * steps + (ADJOINT ? steps - 1 - n : n); };
-  // Run r of the block: row `row + r` of M from column group TC on, or, transposed, row group TC + r from column `row` on
+  // Run r of the block: row `row + r` of M from column group TC on, or, transposed, row group TC + r from column `row`
+  // on
   auto fetch = [&](i64 n) {
     if (inside && n < steps) {
       const store* from = blocks + (time(n) * count + block) * (EDGE * EDGE);
@@ -192,8 +211,7 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       constant = x + (spoilt + strength * 0);
     } else {
       publish(x);
-      if (EDGE > 32) __syncthreads();
-      else __syncwarp();
+      neighbours();
       constant = g * (x - mixed(strength));
     }
     real f = ADJOINT ? constant + carry : decay * carry + constant, old = 0;
@@ -205,16 +223,22 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       publish(ADJOINT ? g * f : f);
       turn ^= 1;
       bits* told = maxima + turn * 3 * WARPS * CLUSTER;
-      const bits changed = warp_most(inside ? magnitude_bits(f - old) : 0), size = warp_most(inside ? magnitude_bits(f) : 0);
+      const bits changed = warp_most(inside ? magnitude_bits(f - old) : 0);
+      const bits size = warp_most(inside ? magnitude_bits(f) : 0);
       bits loss = 0;
       if (now.count == 0) loss = warp_most(leaves);
-      if (lane == 0) {
+      if (lane < CLUSTER) {
         const int mine = rank_in_cluster() * WARPS + warp;
-        tell(told + mine, changed);
-        tell(told + WARPS * CLUSTER + mine, size);
-        if (now.count == 0) tell(told + 2 * WARPS * CLUSTER + mine, loss);
+        tell(told + mine, changed, lane);
+        tell(told + WARPS * CLUSTER + mine, size, lane);
+        if (now.count == 0) tell(told + 2 * WARPS * CLUSTER + mine, loss, lane);
       }
-      everybody();
+      arrive();
+      // The next iteration, while the news of this one is on its way
+      neighbours();
+      const real mixes = mixed(strength);
+      const real next = ADJOINT ? constant + mixes + carry : decay * carry + (constant + g * mixes);
+      wait();
       bits all[3] = {};
 #pragma unroll
       for (int what = 0; what < 3; ++what) {
@@ -229,8 +253,7 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       now.iterated(from_magnitude(all[0]), from_magnitude(all[1]), outcome.scale, share, eps, rtol, atol);
       if (!now.goes_on(max_iter)) break;
       old = f;
-      const real mixes = mixed(strength);
-      f = ADJOINT ? constant + mixes + carry : decay * carry + (constant + g * mixes);
+      f = next;
     }
     outcome.add(now);
     if (inside) value[time(n) * dim + channel] = narrow(f);

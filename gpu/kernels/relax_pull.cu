@@ -19,6 +19,10 @@
 #define GATED 0
 #endif
 
+// No two of them are the same memory, where one is written
+typedef const store* __restrict__ In;
+typedef store* __restrict__ Out;
+
 // Arrays of one step
 struct Step {
   const store *first, *second, *lam, *gate, *x, *h, *s, *before;  // before null: zero
@@ -71,7 +75,7 @@ __device__ __forceinline__ void pull_step(Shape s, const Step& p, real* spare) {
     e[i] = gate_at(p, i) * (real)widen(p.s[i]);
   }
   group_sync();
-  rows_times(p.first, d, size, 0, s.dim, [&](int i, real sum) { md[i] = sum; });
+  rows_times(p.first, d, size, s.dim, [&](int i, real sum) { md[i] = sum; });
   group_sync();
   for (int j = place(); j < s.d1; j += group_size()) {
     real total = 0;
@@ -207,12 +211,12 @@ __device__ __forceinline__ void pull_step(Shape s, const Step& p, real* spare) {
 
 #endif
 
-// first, first_bar, second, second_bar as relax_mix.cuh says; the rest (B, T, D), initial (B, D) or null. Shared memory:
-// `spare` numbers per group, unless they lie in `scratch`, for each block.
+// first, first_bar, second, second_bar as relax_mix.cuh says; the rest (B, T, D), initial (B, D) or null. Shared
+// memory: `spare` numbers per group, unless they lie in `scratch`, for each block.
 extern "C" __global__ void __launch_bounds__(256, 2)
-pull(const store* first, const store* second, const store* lam, const store* gate, const store* x, const store* initial,
-     const store* h, const store* s, store* lam_bar, store* gate_bar, store* x_bar, store* initial_bar,
-     store* first_bar, store* second_bar, real* scratch, int dim, int d1, int d2, i64 rows, i64 steps, int spare_size) {
+pull(In first, In second, In lam, In gate, In x, In initial, In h, In s, Out lam_bar, Out gate_bar, Out x_bar,
+     Out initial_bar, Out first_bar, Out second_bar, real* __restrict__ scratch, int dim, int d1, int d2, i64 rows,
+     i64 steps, int spare_size) {
   const Shape shape = {dim, d1, d2};
   const i64 one = first_size(shape), two = second_size(shape);
   SHARED(memory);

@@ -1,12 +1,13 @@
-// Q x at an iterate, and the cotangents of all inputs of (F) at its solution, for Q = I - K1 (x) K2 with d1, d2 up to 32.
+// Q x at an iterate, and the cotangents of all inputs of (F) at its solution, for Q = I - K1 (x) K2 with d1, d2 up to
+// 32.
 //
 // With D = X - H and E = G S as d1 x d2 matrices, m = X - K1 D K2^T:
 //     lam_bar_t = s_t (h_{t-1} - m_t), or s_t h_{t-1} with a gate, and gate_bar = s m;  initial_bar = lam_1 s_1
 //     X_bar = E - (K1^T E) K2,   K1_bar = -(E K2) D^T,   K2_bar = -(E^T K1) D
 //
 // Section 6 of docs/mathematics.md. One warp per step, products on tensor cores in the precision of float, as in
-// relax_tensor.cuh: two of them in a row, the first one's result stays in registers. Eight products, not the six that would
-// do, so that none of them is needed in another order than it was made in.
+// relax_tensor.cuh: two of them in a row, the first one's result stays in registers. Eight products, not the six that
+// would do, so that none of them is needed in another order than it was made in.
 //
 // Memory traffic: everything read once and written once (h, s and x come from the caches the second time).
 //
@@ -21,9 +22,13 @@
 #define GATED 0
 #endif
 
+// No two of them are the same memory, where one is written
+typedef const store* __restrict__ In;
+typedef store* __restrict__ Out;
+
 constexpr int D = D1 * D2;
-// Matrices in shared memory have whole tiles in both directions, zero beyond the edge; a row is four longer, against bank
-// conflicts.
+// Matrices in shared memory have whole tiles in both directions, zero beyond the edge; a row is four longer, against
+// bank conflicts.
 constexpr int TALL = 16 * over(D1, 16), BROAD = 16 * over(D2, 16);
 constexpr int LONG1 = TALL + 4, LONG2 = BROAD + 4;
 constexpr int SPACE = 2 * TALL * LONG2 + TALL * LONG1 + BROAD * LONG2;
@@ -36,8 +41,8 @@ template <int ROW_LENGTH, bool TRANSPOSED> struct View {
   }
 };
 
-// out += A B with A given tile by tile: left(m, k, values). Column l of a tile's sum is 2 t and 2 t + 1 for the operand's
-// columns t and t + 4.
+// out += A B with A given tile by tile: left(m, k, values). Column l of a tile's sum is 2 t and 2 t + 1 for the
+// operand's columns t and t + 4.
 template <int M, int N, int K, bool EXACT_LEFT, bool EXACT_RIGHT, class Left, class Right>
 __device__ __forceinline__ void accumulate(float (&out)[M][N][4], const Left& left, const Right& right) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -129,12 +134,11 @@ template <int ROWS_, int COLUMNS, int V, class Take> __device__ __forceinline__ 
 }
 constexpr int V1 = D1 % 4 == 0 ? 4 : 1, V2 = D2 % 4 == 0 ? 4 : 1;
 
-// k1, k1_bar (B, T, D1, D1), k2, k2_bar (B, T, D2, D2); the rest (B, T, D), initial (B, D) or null. Shared memory: SPACE
-// floats per warp.
+// k1, k1_bar (B, T, D1, D1), k2, k2_bar (B, T, D2, D2); the rest (B, T, D), initial (B, D) or null. Shared memory:
+// SPACE floats per warp.
 extern "C" __global__ void __launch_bounds__(128, 3)
-pull_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* x,
-               const store* initial, const store* h, const store* s, store* lam_bar, store* gate_bar, store* x_bar,
-               store* initial_bar, store* k1_bar, store* k2_bar, i64 rows, i64 steps) {
+pull_kronecker(In k1, In k2, In lam, In gate, In x, In initial, In h, In s, Out lam_bar, Out gate_bar, Out x_bar,
+               Out initial_bar, Out k1_bar, Out k2_bar, i64 rows, i64 steps) {
   SHARED(memory);
   float* d = (float*)memory + threadIdx.x / 32 * SPACE;
   float *e = d + TALL * LONG2, *left = e + TALL * LONG2, *right = left + TALL * LONG1;
@@ -159,8 +163,8 @@ pull_kronecker(const store* k1, const store* k2, const store* lam, const store* 
     for (int v = 0; v < V2; ++v) right[i * LONG2 + j + v] = widen(some.v[v]);
   });
   each<D1, D2, V2>([&](int i, int j, int k) {
-    const stored2 xs = *(const stored2*)(x + at + k), hs = *(const stored2*)(h + at + k), ss = *(const stored2*)(s + at + k),
-                  gs = *(const stored2*)((GATED ? gate : lam) + at + k);
+    const stored2 xs = *(const stored2*)(x + at + k), hs = *(const stored2*)(h + at + k);
+    const stored2 ss = *(const stored2*)(s + at + k), gs = *(const stored2*)((GATED ? gate : lam) + at + k);
     stored2 decays = gs;
     if (GATED && t == 0) decays = *(const stored2*)(lam + at + k);
     stored2 out;
@@ -215,8 +219,7 @@ pull_kronecker(const store* k1, const store* k2, const store* lam, const store* 
 // z (rows, D): what every step adds to the scan, g (x - P (x - h)), or hbar + P^T (g s). Shared memory: STEP floats
 // per warp.
 extern "C" __global__ void __launch_bounds__(128, 3)
-mix_kronecker(const store* k1, const store* k2, const store* lam, const store* gate, const store* source, const store* h,
-              float* z, i64 rows) {
+mix_kronecker(In k1, In k2, In lam, In gate, In source, In h, float* __restrict__ z, i64 rows) {
   SHARED(memory);
   float* v = (float*)memory + threadIdx.x / 32 * STEP;
   const i64 n = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, at = n * D;

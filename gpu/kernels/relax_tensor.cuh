@@ -1,4 +1,5 @@
-// K1 V K2^T of one step by one warp, on tensor cores, in the precision of float; for d1, d2 up to 32, known when compiled.
+// K1 V K2^T of one step by one warp, on tensor cores, in the precision of float; for d1, d2 up to 32, known when
+// compiled.
 //
 // A float is the sum of two numbers of eleven bits, and a product of floats is three products of those, summed in
 // float; what is left out is 2^-22 of it. Where parameters are stored in half precision they are one such number, and
@@ -31,7 +32,8 @@ constexpr bool EXACT = sizeof(store) == 2;  // parameters have no second half
 // d += a b for tiles 16 x 8 and 8 x 8, of which the leading eleven bits count
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #ifndef SIMT
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -100,7 +102,8 @@ struct Factors {
           typedef Pack<store, TOGETHER> row;
           const row four = *(const row*)(TRANSPOSED ? k2 + (j + n) * D2 + c : k2 + (c + n) * D2 + j);
 #pragma unroll
-          for (int k = 0; k < TILES_N; ++k) right[TRANSPOSED ? n : k][TRANSPOSED ? k : n][r] = widen(four.v[k % TOGETHER]);
+          for (int k = 0; k < TILES_N; ++k)
+            right[TRANSPOSED ? n : k][TRANSPOSED ? k : n][r] = widen(four.v[k % TOGETHER]);
         } else {
 #pragma unroll
           for (int k = 0; k < TILES_N; ++k) {
