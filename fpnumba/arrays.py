@@ -441,6 +441,8 @@ class Checked:
     def _laid_out(self, view: Float) -> Float:
         if self.room.device is None:
             return _for_a_room(view, self.compute)
+        if view.flags.c_contiguous:
+            return view
         with self.room.current():
             return namespace(view).ascontiguousarray(view)  # type: ignore[no-any-return]
 

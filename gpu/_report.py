@@ -56,8 +56,8 @@ def blank(batch: int, chunks: int, parts: int = 1, *, written: bool = False) -> 
     xp = _device.xp()
     shape = (batch, parts)
     if written:
-        change, scale, rcond = xp.empty((3, *shape), np.float64)
-        return Report(xp.empty((batch, chunks), np.int32), change, scale, rcond, xp.empty(shape, np.int32))
+        wanted = ((batch, chunks), np.int32), *[(shape, np.float64)] * 3, (shape, np.int32)
+        return Report(*_device.several(*wanted))
     return Report(
         xp.zeros((batch, chunks), np.int32),
         xp.zeros(shape, np.float64),
@@ -90,16 +90,11 @@ def summary(
 
     A sequence that diverged, or has an ill-conditioned step, is looked through for inputs that are not finite.
     """
-    xp = _device.xp()
     batch, chunks = report.counts.shape
     eps, tiny = _limits(_shapes.real(value.dtype))
-    solved = Solved(
-        value,
-        xp.empty(batch, np.int64),
-        xp.empty(batch, np.float64),
-        xp.empty(batch, np.int8),
-        xp.empty((batch, chunks), np.int64),
-    )
+    each = (batch,)
+    told = _device.several((each, np.int64), (each, np.float64), (each, np.int8), ((batch, chunks), np.int64))
+    solved = Solved(value, *told)
     table: list[Any] = []
     for array, every in (*((a, False) for a in fields), *((a, True) for a in shared)):
         count = array.size if every else array.size // max(batch, 1)
