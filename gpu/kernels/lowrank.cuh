@@ -397,11 +397,11 @@ struct Stop {
 // decay, and the size of the step before.
 struct Relaxing {
   const Stop& stop;
-  real share;
+  real share = 0;
   i64 count = 1;
 
   __device__ Relaxing(const Stop& stop, const real* bounds) : stop(stop) {
-    share = stop.steps == 1 ? 1 : (real)0.5 * Most::of(1 - bounds[R], (real)1 / (real)stop.steps);
+    if (thinks()) share = stop.steps == 1 ? 1 : (real)0.5 * Most::of(1 - bounds[R], (real)1 / (real)stop.steps);
   }
   __device__ real allowed(real size) const {
     return Most::of(share * ((real)stop.atol + (real)stop.rtol * size), 4 * EPS * size);

@@ -300,7 +300,7 @@ pull_steps(const store* __restrict__ lam, const store* __restrict__ gate, const 
       real none[1], m[1] = {size_before};
       reduce<0, 1>(none, m, partial + buffer * partials(TOTALS), totals);
       buffer ^= 1;
-      told.largest = Most::of(told.largest, totals[0]);
+      if (thinks()) told.largest = Most::of(told.largest, totals[0]);
     }
     return !meets;
   };
