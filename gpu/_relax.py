@@ -114,7 +114,8 @@ def default_chunk(kind: str, params: Params, dim: int, dtype: Any) -> int:
     if mixer.low_rank or _in_registers(mixer, dtype):
         return 1
     if _on_tensor_cores(mixer, dtype):
-        return MOST_STEPS
+        # two blocks of half the steps, where one fills a multiprocessor: one of them mixes while the other scans
+        return MOST_STEPS // (1 if _kronecker_blocks(mixer.d1, mixer.d2, MOST_STEPS) > 1 else 2)
     each = 2 * dim * _real(dtype).itemsize
     return int(max(1, min(LONGEST_CHUNK, HALF_SHARED // 2 // max(each, 1))))
 
@@ -152,13 +153,17 @@ def solve(
     Solved
     """
     xp = _device.xp()
+    params, (lam, gate, source, guess) = _aligned(params, lam, gate, source, guess)
     batch, steps, dim = source.shape
     chunk = max(1, min(chunk, steps))
     chunks = -(-steps // chunk)
     mixer = _Mixer.of(kind, params, dim)
     value = xp.empty(source.shape, source.dtype)
     tensors = damping == 1 and _on_tensor_cores(mixer, source.dtype) and chunk <= MOST_STEPS
-    report = _report.blank(batch, chunks, _segments(batch, chunks) if tensors else 1)
+    segments = (
+        _segments(batch, chunks, _kronecker_blocks(mixer.d1, mixer.d2, _warps(chunk))) if tensors else 1
+    )
+    report = _report.blank(batch, chunks, segments)
     options = (adjoint, chunk, rtol, atol, max_iter, damping)
     if steps > 0:
         serves = _kronecker if tensors else _any_shape
@@ -215,20 +220,32 @@ def _on_tensor_cores(mixer: _Mixer, dtype: Any) -> bool:
     return mixer.kind == "kronecker" and small and bool(_real(dtype) == np.float32)
 
 
-def _segments(batch: int, chunks: int) -> int:
-    """Into how many segments of time a sequence is cut, where there are too few sequences for the device."""
-    return max(1, min(_device.multiprocessors() // max(batch, 1), chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
+def _segments(batch: int, chunks: int, blocks: int) -> int:
+    """Into how many segments of time a sequence is cut, where there are too few sequences for so many blocks on each
+    multiprocessor."""
+    wanted = blocks * _device.multiprocessors() // max(batch, 1)
+    return max(1, min(wanted, chunks // SHORTEST_SEGMENT, MOST_SEGMENTS))
+
+
+def _warps(chunk: int) -> int:
+    """Warps of a block of `relax_kronecker`."""
+    return 1 << (chunk - 1).bit_length()
+
+
+def _kronecker_blocks(d1: int, d2: int, warps: int) -> int:
+    """Blocks of so many warps of `relax_kronecker` on a multiprocessor."""
+    rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
+    # numbers that a thread holds: the factors, two products, three of all steps, and whatever else there is
+    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 80
+    return max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
 
 
 def _kronecker_kernel(
     store: str, d1: int, d2: int, warps: int, adjoint: bool, gated: bool, segmented: bool
 ) -> tuple[Kernel, int]:
     """The kernel `relax_kronecker` for chunks of `warps` steps, and its bytes of shared memory."""
-    rows, columns, inner = -(-d1 // 16), -(-d2 // 8), -(-d1 // 8)
-    # numbers that a thread holds: the factors, two products, three of all steps, and whatever else there is
-    held = 4 * rows * inner + 2 * columns**2 + 8 * rows * columns + 3 * max(warps, d1 * d2 // 32) + 80
-    blocks = max(1, min(16, 65536 // (min(held, 255) * 32 * warps)))
-    macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": blocks}
+    columns, inner = -(-d2 // 8), -(-d1 // 8)
+    macros = {"STORE": store, "D1": d1, "D2": d2, "WARPS": warps, "BLOCKS": _kronecker_blocks(d1, d2, warps)}
     macros |= {k: 1 for k, v in (("ADJOINT", adjoint), ("GATED", gated), ("SEGMENTED", segmented)) if v}
     width = next(w for w in (4, 2, 1) if w == 1 or (d2 % w == 0 and d1 * d2 // w >= 32 * warps))
     constants = -(-d1 * d2 // (32 * warps * width)) * 32 * warps * width
@@ -255,7 +272,7 @@ def _kronecker(
     """The kernel `relax_kronecker`: one warp for each step of a chunk, one block for each segment of time."""
     batch, steps, _ = source.shape
     xp, segments = _device.xp(), report.state.shape[1]
-    warps = 1 << (chunk - 1).bit_length()
+    warps = _warps(chunk)
     kernel, shared = _kronecker_kernel(
         *(_report.store(source.dtype), mixer.d1, mixer.d2, warps),
         *(adjoint, gate is not None, segments > 1),
@@ -354,6 +371,10 @@ def _eps(dtype: Any) -> np.float64:
     return np.float64(np.finfo(_real(dtype)).eps)
 
 
+def _aligned(params: Params, *arrays: Array | None) -> tuple[Params, tuple[Any, ...]]:
+    return _shapes.aligned(*params), _shapes.aligned(*arrays)
+
+
 def iterate(
     kind: str,
     params: Params,
@@ -380,6 +401,7 @@ def iterate(
     (B, T, D) array
     """
     xp = _device.xp()
+    params, (lam, gate, source, value) = _aligned(params, lam, gate, source, value)
     batch, steps, dim = source.shape
     new = xp.empty(source.shape, source.dtype)
     if new.size == 0:
@@ -434,6 +456,7 @@ def pull(
         As of `fpnumba.cpu.solve.rnn_cotangents`.
     """
     xp = _device.xp()
+    params, (lam, gate, x, initial, h, s) = _aligned(params, lam, gate, x, initial, h, s)
     batch, steps, dim = x.shape
     mixer = _Mixer.of(kind, params, dim)
     bars = tuple(xp.empty(p.shape, p.dtype) for p in params)

@@ -33,6 +33,11 @@ def each(dim: int, *arrays: Any) -> int:
     return int(width)
 
 
+def aligned(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, and a copy of what does not begin where the widest access may: a part of another array can."""
+    return tuple(a.copy() if a is not None and _device.address(a) % ACCESS else a for a in arrays)
+
+
 def threads(dim: int, width: int, most: int) -> int:
     """Threads of a block, whole warps, for `dim` channels at `width` a thread; at most `most`."""
     return min(most, max(32, -(-math.ceil(dim / width) // 32) * 32))

@@ -392,3 +392,30 @@ def test_unknown_kind(room: Room) -> None:
     p = made("kronecker", 1, 1)
     with pytest.raises(ValueError, match="kind: 'sideways'"):
         ours(room, replace(p, kind="sideways"), False, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "d1", "d2"), [("kronecker", 4, 8), ("kronecker", 40, 36), ("monarch", 2, 16)]
+)
+def test_arrays_that_begin_anywhere(room: Room, kind: str, d1: int, d2: int) -> None:
+    p = made(kind, d1, d2, dtype="float32", gated=True, steps=3)
+
+    def shifted(a: Any) -> Any:
+        whole = room.give(np.zeros(a.size + 1, a.dtype))
+        whole[1:] = room.give(a).reshape(-1)
+        assert _device.address(whole[1:]) % 16
+        return whole[1:].reshape(a.shape)
+
+    results = []
+    for put in (room.give, shifted):
+        params, (lam, gate, x, initial, hbar) = (
+            tuple(put(a) for a in arrays) for arrays in (p.params, (p.lam, p.gate, p.x, p.initial, p.hbar))
+        )
+        options: dict[str, Any] = {"chunk": 2, "rtol": 1e-5, "atol": 0.0, "max_iter": 50, "damping": 1.0}
+        h = _relax.solve(kind, params, lam, gate, x, initial, None, adjoint=False, **options).value
+        s = _relax.solve(kind, params, lam, gate, hbar, None, None, adjoint=True, **options).value
+        again = _relax.iterate(kind, params, lam, gate, x, initial, put(room.get(h)), adjoint=False)
+        bars = _relax.pull(kind, params, lam, gate, x, initial, put(room.get(h)), put(room.get(s)))
+        results.append([room.get(a) for a in (h, s, again, *bars[:4], *bars[4])])
+    for one, other in zip(*results, strict=True):
+        assert_array_equal(one, other)

@@ -72,14 +72,26 @@ typedef BitsOf<real>::type bits;
 
 __device__ __forceinline__ bits most(bits a, bits b) { return a > b ? a : b; }
 
+// Largest over the warp, in every thread.
+__device__ __forceinline__ bits warp_largest(bits a) {
+#ifndef SIMT
+  if constexpr (sizeof(bits) == 4) {
+    return __reduce_max_sync(0xffffffffu, (u32)a);
+  } else
+#endif
+  {
+#pragma unroll
+    for (int reach = 16; reach > 0; reach /= 2) a = most(a, __shfl_xor_sync(0xffffffffu, a, reach));
+    return a;
+  }
+}
+
 // Largest over the block, in every thread; `room` holds one entry per warp. Ends with all threads past a barrier after
 // which `room` may not be written before another one.
 __device__ __forceinline__ void block_largest(bits& a, bits& b, bits* room) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int reach = 16; reach > 0; reach /= 2) {
-    a = most(a, __shfl_xor_sync(0xffffffffu, a, reach));
-    b = most(b, __shfl_xor_sync(0xffffffffu, b, reach));
-  }
+  a = warp_largest(a);
+  b = warp_largest(b);
   if (lane == 0) {
     room[2 * warp] = a;
     room[2 * warp + 1] = b;

@@ -94,21 +94,6 @@ __device__ __forceinline__ void tell(bits* place, bits v, int whom) {
 #endif
 }
 
-__device__ __forceinline__ bits warp_most(bits v) {
-#ifndef SIMT
-  if constexpr (sizeof(bits) == 4) {
-    u32 r;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"((u32)v));
-    return r;
-  } else
-#endif
-  {
-#pragma unroll
-    for (int reach = 16; reach > 0; reach /= 2) v = most(v, __shfl_xor_sync(0xffffffffu, v, reach));
-    return v;
-  }
-}
-
 // blocks (B, T, D / EDGE, EDGE, EDGE), alpha (B, T, D / EDGE); lam, gate, source, value (B, T, D); initial (B, D) or
 // null. Shared memory: THREADS EDGE stored elements, 2 THREADS numbers, 6 WARPS CLUSTER of `bits`.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS)
@@ -223,10 +208,10 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
       publish(ADJOINT ? g * f : f);
       turn ^= 1;
       bits* told = maxima + turn * 3 * WARPS * CLUSTER;
-      const bits changed = warp_most(inside ? magnitude_bits(f - old) : 0);
-      const bits size = warp_most(inside ? magnitude_bits(f) : 0);
+      const bits changed = warp_largest(inside ? magnitude_bits(f - old) : 0);
+      const bits size = warp_largest(inside ? magnitude_bits(f) : 0);
       bits loss = 0;
-      if (now.count == 0) loss = warp_most(leaves);
+      if (now.count == 0) loss = warp_largest(leaves);
       if (lane < CLUSTER) {
         const int mine = rank_in_cluster() * WARPS + warp;
         tell(told + mine, changed, lane);
@@ -246,7 +231,7 @@ relax_monarch(const store* blocks, const store* alpha, const store* lam, const s
 #pragma unroll
           for (int w = 0; w < WARPS * CLUSTER; w += 32)
             if (w + lane < WARPS * CLUSTER) all[what] = most(all[what], told[what * WARPS * CLUSTER + w + lane]);
-          all[what] = warp_most(all[what]);
+          all[what] = warp_largest(all[what]);
         }
       }
       if (now.count == 0) share = tolerance_share(steps, from_magnitude(all[2]));
