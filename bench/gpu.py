@@ -18,25 +18,30 @@ from bench.timing import Row
 SCANS = ((256, 512, 1024), (64, 2048, 1024), (8, 65536, 1536), (1, 65536, 1024))
 SOLVES = ((256, 512, 1024), (64, 2048, 1024), (1, 65536, 1024))
 RTOL = 1e-6
+LONG_ENOUGH = 0.02  # seconds that a measurement takes at least
 QUIET: dict[str, Any] = {"on_failure": "ignore"}  # nothing is asked of the device until the end
 
 
-def seconds_on_device(run: Callable[[], object], *, calls: int = 10, repeats: int = 5) -> float:
-    """Time of one call on the device: events around some calls in a row, the median of repeats."""
+def seconds_on_device(run: Callable[[], object], *, repeats: int = 5) -> float:
+    """Time of one call on the device: events around calls in a row, the median of repeats.
+
+    So many calls that the device's wait for the first of them does not count: it is not a part of any.
+    """
     import cupy
 
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
+    def seconds(calls: int) -> float:
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record()
         for _ in range(calls):
             run()
         end.record()
         end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e-3 / calls)
-    return statistics.median(times)
+        return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3 / calls
+
+    for _ in range(3):
+        run()
+    calls = max(2, min(200, round(LONG_ENOUGH / seconds(2))))
+    return statistics.median(seconds(calls) for _ in range(repeats))
 
 
 def copy_bandwidth() -> float:
@@ -68,7 +73,7 @@ def float32_rate() -> float:
     kernel = cupy.RawKernel(_FLOPS, "flops")
     out, rounds = cupy.empty(256, cupy.float32), 20000
     blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
-    seconds = seconds_on_device(lambda: kernel((blocks,), (256,), (out, np.int32(rounds))), calls=2)
+    seconds = seconds_on_device(lambda: kernel((blocks,), (256,), (out, np.int32(rounds))))
     return blocks * 256 * 8 * 2 * rounds / seconds
 
 
