@@ -40,7 +40,7 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
   const bool inside = p.channel < dim;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, neighbour = threadIdx.x ^ 1;
   const i64 row = p.sequence * segments + p.segment, base = p.sequence * steps, chunks = (steps + CHUNK - 1) / CHUNK;
-  const i64 across = HEADS ? heads : dim, column = HEADS ? (inside ? p.channel / (dim / heads) : 0) : p.channel;
+  const int across = HEADS ? heads : dim, column = HEADS ? (inside ? p.channel / (dim / heads) : 0) : p.channel;
 
   real rate[RATES], adjoint[HELD], rate_bar[RATES], skip_bar = 0;
   load_rates(A, p, dim, size, heads, rate);
@@ -52,29 +52,46 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
 
   // Where the sums of this lane belong, when those of 2 STATES numbers have been folded over the lanes.
   constexpr int LEFT = folded(2 * STATES, SPREAD);
+  real* place[LEFT];
+  {
+    int index = 0, valid = 2 * STATES;
+    fold_place<2 * STATES, 16, SPREAD>(lane, index, valid);
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const int which = (index + i) / STATES, s = (index + i) % STATES;
+      place[i] = i < valid ? sums + (warp * CHUNK * 2 + which) * SLOTS + p.lane * STATES + s : nullptr;
+    }
+  }
 
   for (i64 chunk = (p.last + CHUNK - 1) / CHUNK; chunk-- > p.first / CHUNK;) {
     const i64 start = chunk * CHUNK;
     const int length = (int)(p.last - start < CHUNK ? p.last - start : CHUNK);
     real h[HELD];
     load_packs<THREADS>(kept + p.packs(p.sequence * chunks + chunk, blocks), h);
-#pragma unroll
-    for (int k = 0; k < CHUNK; ++k) {
-      const bool there = inside && k < length;
-      const i64 at = base + start + k;
+    const store* const step_from = delta + (base + start) * across + column;
+    const store* const x_from = x + (base + start) * dim + p.channel;
+    const store* const y_from = ybar + (base + start) * dim + p.channel;
+    auto bring = [&](int k, bool there) {
       real* const to = given + k * 3 * THREADS + threadIdx.x;
-      to[0] = there ? widen(delta[at * across + column]) : 0;
-      to[THREADS] = there ? widen(x[at * dim + p.channel]) : 0;
-      to[2 * THREADS] = there ? widen(ybar[at * dim + p.channel]) : 0;
+      to[0] = there ? widen(step_from[k * across]) : 0;
+      to[THREADS] = there ? widen(x_from[k * dim]) : 0;
+      to[2 * THREADS] = there ? widen(y_from[k * dim]) : 0;
+    };
+    if (length == CHUNK) {
+#pragma unroll
+      for (int k = 0; k < CHUNK; ++k) bring(k, inside);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < length; ++k) bring(k, inside);
     }
+    const store* const B_from = B + (base + start) * size;
+    const store* const C_from = C + (base + start) * size;
 #pragma unroll
     for (int i = 0; i < (CHUNK * SLOTS + THREADS - 1) / THREADS; ++i) {
       const int e = threadIdx.x + i * THREADS, k = e / SLOTS, n = e % SLOTS;
-      if (e < CHUNK * SLOTS) {
-        const bool there = n < size && k < length;
-        const i64 at = (base + start + k) * size + n;
-        rows[k * 2 * SLOTS + n] = there ? widen(B[at]) : 0;
-        rows[(k * 2 + 1) * SLOTS + n] = there ? widen(C[at]) : 0;
+      if (k < length) {
+        rows[k * 2 * SLOTS + n] = n < size ? widen(B_from[k * size + n]) : 0;
+        rows[(k * 2 + 1) * SLOTS + n] = n < size ? widen(C_from[k * size + n]) : 0;
       }
     }
     __syncthreads();
@@ -94,8 +111,9 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       advance(h, rate, step, drive, into);
     }
 
+    i64 at = (base + start + length - 1) * dim + p.channel;
 #pragma unroll 1
-    for (int k = length - 1; k >= 0; --k) {
+    for (int k = length - 1; k >= 0; --k, at -= dim) {
       const real* const now = given + k * 3 * THREADS;
       const real own_x = now[THREADS + threadIdx.x];
       real step[CHANNELS], drive[CHANNELS], top[CHANNELS], decay[CHANNELS];
@@ -137,7 +155,6 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       if constexpr (HEADS) rate_bar[0] += ex_bar * step[0];
       skip_bar += top[0] * own_x;
       if (inside && p.lane < CHANNELS) {
-        const i64 at = (base + start + k) * dim + p.channel;
         x_bar[at] = narrow(in_bar * step[0] + through * top[0]);
         const real step_bar = in_bar * own_x + ex_bar * (HEADS ? BASE * rate[0] : BASE);
         if constexpr (HEADS) step_parts[at] = step_bar;
@@ -145,12 +162,9 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       }
       int index = 0, valid = 2 * STATES;
       fold_sums<2 * STATES, 16, SPREAD>(folds, lane, index, valid);
-      real* const to = sums + (warp * CHUNK + k) * 2 * SLOTS + p.lane * STATES;
 #pragma unroll
-      for (int i = 0; i < LEFT; ++i) {
-        const int which = (index + i) / STATES, s = (index + i) % STATES;
-        if (i < valid) to[which * SLOTS + s] = folds[i];
-      }
+      for (int i = 0; i < LEFT; ++i)
+        if (place[i] != nullptr) place[i][k * 2 * SLOTS] = folds[i];
     }
     __syncthreads();
 

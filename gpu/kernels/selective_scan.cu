@@ -33,17 +33,30 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
   const Seat p(steps, segments, blocks, unit);
   const bool inside = p.channel < dim;
   const i64 row = p.sequence * segments + p.segment, base = p.sequence * steps, count = p.last - p.first;
-  auto at = [&](i64 k) { return base + (MODE == BACK ? p.last - 1 - k : p.first + k); };
+  const i64 begin = base + (MODE == BACK ? p.last - 1 : p.first);
+  constexpr int WAY = MODE == BACK ? -1 : 1;
 
-  const i64 across = HEADS ? heads : dim, column = HEADS ? (inside ? p.channel / (dim / heads) : 0) : p.channel;
+  const int across = HEADS ? heads : dim, column = HEADS ? (inside ? p.channel / (dim / heads) : 0) : p.channel;
+  const store* step_from = delta + begin * across + column;
+  const store* x_from = x + begin * dim + p.channel;
+  store* y_to = MODE == VALUE ? y + begin * dim + p.channel : nullptr;
   store next_step[AHEAD], next_x[AHEAD];
-  auto ask = [&](i64 k) {  // for x and delta
+  auto ask = [&](i64 left) {  // for x and delta of the next steps, of which so many are left
+    if (left >= AHEAD) {
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u) {
-      const bool there = inside && k + u < count;
-      next_step[u] = there ? delta[at(k + u) * across + column] : narrow(0);
-      next_x[u] = there ? x[at(k + u) * dim + p.channel] : narrow(0);
+      for (int u = 0; u < AHEAD; ++u) {
+        next_step[u] = inside ? step_from[u * (WAY * across)] : narrow(0);
+        next_x[u] = inside ? x_from[u * (WAY * dim)] : narrow(0);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < AHEAD; ++u) {
+        next_step[u] = inside && u < left ? step_from[u * (WAY * across)] : narrow(0);
+        next_x[u] = inside && u < left ? x_from[u * (WAY * dim)] : narrow(0);
+      }
     }
+    step_from += (i64)AHEAD * WAY * across;
+    x_from += (i64)AHEAD * WAY * dim;
   };
   store next_row[ROWS][SHARE];
   auto fetch = [&](i64 k) {  // for rows of B and C
@@ -53,7 +66,7 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       for (int i = 0; i < SHARE; ++i) {
         const int e = threadIdx.x + i * THREADS, step = e / SLOTS, n = e % SLOTS;
         const bool there = e < TILE * SLOTS && n < size && k + step < count;
-        next_row[r][i] = there ? (r == 0 && MODE != BACK ? B : C)[at(k + step) * size + n] : narrow(0);
+        next_row[r][i] = there ? (r == 0 && MODE != BACK ? B : C)[(begin + WAY * (k + step)) * size + n] : narrow(0);
       }
   };
   auto put = [&](real* tile) {
@@ -68,7 +81,7 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
 
   real rate[RATES], h[HELD], total = 0;
   fetch(0);
-  ask(0);
+  ask(count);
   load_rates(A, p, dim, size, heads, rate);
   if (MODE == ENDS || MODE == BACK) {
 #pragma unroll
@@ -82,7 +95,7 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
   pack* keeping = MODE == KEEP ? kept + p.packs(p.sequence * ((steps + CHUNK - 1) / CHUNK) + p.first / CHUNK, blocks) : nullptr;
   int until = 0;  // steps to the next state that is kept
 
-  auto one = [&](i64 k, store raw_step, store raw_x, const real* tile, int j) {
+  auto one = [&](int u, store raw_step, store raw_x, const real* tile, int j) {
     const real own_step = widen(raw_step), own_x = widen(raw_x);
     real step[CHANNELS], drive[CHANNELS], into[STATES];
     step[0] = own_step;
@@ -120,7 +133,7 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
         for (int s = 1; s < STATES; ++s) part[c] += h[c * STATES + s] * out[s];
       }
       const real sum = over_states(part);
-      if (inside && p.lane < CHANNELS) y[at(k) * dim + p.channel] = narrow(sum + through * own_x);
+      if (inside && p.lane < CHANNELS) y_to[u * dim] = narrow(sum + through * own_x);
     }
   };
 
@@ -131,20 +144,22 @@ walk(const store* __restrict__ x, const store* __restrict__ delta, const store* 
     const real* tile = tiles + turn * ROWS * TILE * SLOTS;
     turn ^= 1;
     fetch(k + TILE);
+    const int now = count - k < TILE ? (int)(count - k) : TILE;
 #pragma unroll 1
-    for (int j = 0; j < TILE && k + j < count; j += AHEAD) {
+    for (int j = 0; j < now; j += AHEAD) {
       store steps_now[AHEAD], x_now[AHEAD];
 #pragma unroll
       for (int u = 0; u < AHEAD; ++u) { steps_now[u] = next_step[u]; x_now[u] = next_x[u]; }
-      ask(k + j + AHEAD);
-      if (k + j + AHEAD <= count) {
+      ask(count - k - j - AHEAD);
+      if (j + AHEAD <= now) {
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) one(k + j + u, steps_now[u], x_now[u], tile, j + u);
+        for (int u = 0; u < AHEAD; ++u) one(u, steps_now[u], x_now[u], tile, j + u);
       } else {
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u)
-          if (k + j + u < count) one(k + j + u, steps_now[u], x_now[u], tile, j + u);
+          if (j + u < now) one(u, steps_now[u], x_now[u], tile, j + u);
       }
+      if (MODE == VALUE) y_to += (i64)AHEAD * dim;
     }
     put(tiles + turn * ROWS * TILE * SLOTS);
     __syncthreads();

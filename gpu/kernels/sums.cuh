@@ -36,6 +36,22 @@ __device__ __forceinline__ void fold_sums(real* v, int lane, int& index, int& va
   }
 }
 
+// Where they are, before or without folding: the same `index` and `valid`.
+template <int N, int OFFSET, int STOP = 1>
+__device__ __forceinline__ void fold_place(int lane, int& index, int& valid) {
+  if constexpr (OFFSET >= STOP) {
+    const bool upper = lane & OFFSET;
+    constexpr int H = (N + 1) / 2;
+    if constexpr (N > 1) {
+      index += upper ? H : 0;
+      valid = upper ? valid - H : (valid < H ? valid : H);
+    } else if (upper) {
+      valid = 0;
+    }
+    fold_place<H, OFFSET / 2, STOP>(lane, index, valid);
+  }
+}
+
 // Reals of shared memory that a group of SIZE threads needs for N sums.
 template <int N, int SIZE> __device__ constexpr int sums_size() {
   return SIZE == 32 ? N : 2 * N * (SIZE / 32);
