@@ -50,16 +50,20 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
   for (int i = 0; i < RATES; ++i) rate_bar[i] = 0;
   const real through = D != nullptr && inside ? widen(D[p.channel]) : 0;
 
-  // Where the sums of this lane belong, when those of 2 STATES numbers have been folded over the lanes.
+  // Where this lane's part of the sums belongs, when 2 STATES numbers have been folded over the lanes.
   constexpr int LEFT = folded(2 * STATES, SPREAD);
-  real* place[LEFT];
+  constexpr bool EVEN = 2 * STATES % (32 / SPREAD) == 0;  // every lane has LEFT of them
+  int place[LEFT];
   {
     int index = 0, valid = 2 * STATES;
     fold_place<2 * STATES, 16, SPREAD>(lane, index, valid);
 #pragma unroll
     for (int i = 0; i < LEFT; ++i) {
       const int which = (index + i) / STATES, s = (index + i) % STATES;
-      place[i] = i < valid ? sums + (warp * CHUNK * 2 + which) * SLOTS + p.lane * STATES + s : nullptr;
+      place[i] = EVEN || i < valid ? (warp * CHUNK * 2 + which) * SLOTS + p.lane * STATES + s : -1;
+#ifndef SIMT
+      asm volatile("" : "+r"(place[i]));  // or it would be found anew at every step
+#endif
     }
   }
 
@@ -68,21 +72,24 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
     const int length = (int)(p.last - start < CHUNK ? p.last - start : CHUNK);
     real h[HELD];
     load_packs<THREADS>(kept + p.packs(p.sequence * chunks + chunk, blocks), h);
-    const store* const step_from = delta + (base + start) * across + column;
-    const store* const x_from = x + (base + start) * dim + p.channel;
-    const store* const y_from = ybar + (base + start) * dim + p.channel;
-    auto bring = [&](int k, bool there) {
+    const store* step_from = delta + (base + start) * across + column;
+    const store* x_from = x + (base + start) * dim + p.channel;
+    const store* y_from = ybar + (base + start) * dim + p.channel;
+    auto bring = [&](int k) {
       real* const to = given + k * 3 * THREADS + threadIdx.x;
-      to[0] = there ? widen(step_from[k * across]) : 0;
-      to[THREADS] = there ? widen(x_from[k * dim]) : 0;
-      to[2 * THREADS] = there ? widen(y_from[k * dim]) : 0;
+      to[0] = inside ? widen(*step_from) : 0;
+      to[THREADS] = inside ? widen(*x_from) : 0;
+      to[2 * THREADS] = inside ? widen(*y_from) : 0;
+      step_from += across;
+      x_from += dim;
+      y_from += dim;
     };
-    if (length == CHUNK) {
+    if (length == CHUNK) {  // all on their way at once
 #pragma unroll
-      for (int k = 0; k < CHUNK; ++k) bring(k, inside);
+      for (int k = 0; k < CHUNK; ++k) bring(k);
     } else {
 #pragma unroll 1
-      for (int k = 0; k < length; ++k) bring(k, inside);
+      for (int k = 0; k < length; ++k) bring(k);
     }
     const store* const B_from = B + (base + start) * size;
     const store* const C_from = C + (base + start) * size;
@@ -164,7 +171,7 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       fold_sums<2 * STATES, 16, SPREAD>(folds, lane, index, valid);
 #pragma unroll
       for (int i = 0; i < LEFT; ++i)
-        if (place[i] != nullptr) place[i][k * 2 * SLOTS] = folds[i];
+        if (EVEN || place[i] >= 0) sums[place[i] + k * 2 * SLOTS] = folds[i];
     }
     __syncthreads();
 
