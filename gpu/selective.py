@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes
+from fpnumba.gpu._engine import engine
 from fpnumba.gpu._report import store
 
 Array = Any
@@ -182,6 +183,8 @@ class _Call(NamedTuple):
 
 
 def _call(x: Array, A: Array, B: Array, *, gradient: bool) -> _Call:
+    if engine() == "numba":
+        raise ValueError("engine: 'numba' has no kernels for selective_scan; use 'raw'")
     batch, steps, dim = x.shape
     size, heads = B.shape[2], A.shape[0] if A.ndim == 1 else 0
     if size > MOST_STATES:
@@ -233,7 +236,7 @@ def selective_scan(
     Raises
     ------
     ValueError
-        For N larger than 512.
+        For N larger than 512, and where the engine ``"numba"`` is asked for by name.
     """
     call = _call(x, A, B, gradient=False)
     y, last_state = _shapes.empty_like(x), _shapes.empty_like(x, call.batch, call.dim, call.size)
@@ -278,7 +281,7 @@ def selective_scan_vjp(
     Raises
     ------
     ValueError
-        For N larger than 512.
+        For N larger than 512, and where the engine ``"numba"`` is asked for by name.
     """
     xp, whole = _device.xp(), _call(x, A, B, gradient=True)
     one, batch = whole.layout, whole.batch
