@@ -23,6 +23,13 @@
 
 constexpr int WARPS = THREADS / 32;
 
+// Brings a line into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* line) {
+#ifndef SIMT
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MINBLOCKS)
 pull(const store* __restrict__ x, const store* __restrict__ delta, const store* __restrict__ A,
      const store* __restrict__ B, const store* __restrict__ C, const store* __restrict__ D,
@@ -88,7 +95,7 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
 #pragma unroll
       for (int k = 0; k < CHUNK; ++k) bring(k);
     } else {
-#pragma unroll 1
+#pragma unroll 4
       for (int k = 0; k < length; ++k) bring(k);
     }
     const store* const B_from = B + (base + start) * size;
@@ -102,6 +109,20 @@ pull(const store* __restrict__ x, const store* __restrict__ delta, const store* 
       }
     }
     __syncthreads();
+
+    if (start > p.first) {  // what the chunk before this one will ask for, a row or a line a lane
+      const int channel = (p.block * (THREADS / SPREAD) + warp * 32 / SPREAD) * CHANNELS;
+      if (lane < CHUNK && channel < dim) {
+        const i64 there = (base + start - CHUNK + lane) * dim + channel;
+        prefetch(x + there);
+        prefetch(ybar + there);
+        if (!HEADS) prefetch(delta + there);
+      }
+      constexpr int LINES = 32 * (int)sizeof(pack) / 128;  // of a warp in one of PACKS
+      for (int i = lane; i < PACKS * LINES; i += 32)
+        prefetch(kept + p.packs(p.sequence * chunks + chunk - 1, blocks) - lane + i / LINES * THREADS
+                 + i % LINES * (32 / LINES));
+    }
 
 #pragma unroll 2
     for (int k = 0; k < length; ++k) {
