@@ -1,7 +1,8 @@
 """The GPU room against the floor and against what a user would pick instead, everything in one run.
 
-The floor of a case is the larger of two times: its bytes (each input read once, each output written once) over the
-measured copy bandwidth, and, where arithmetic counts, its operations over the measured float32 rate.
+The floor of a case is the largest of three times: its bytes (each input read once, each output written once) over the
+measured copy bandwidth and, where arithmetic counts, its operations over the measured float32 rate and its
+exponentials over the measured rate of those.
 """
 
 import gc
@@ -16,6 +17,8 @@ import fpnumba as fp
 from bench.timing import Row
 
 SCANS = ((256, 512, 1024), (64, 2048, 1024), (8, 65536, 1536), (1, 65536, 1024))
+SELECTIVES = ((64, 2048, 1024), (512, 17, 1024))
+STATES = 16
 SOLVES = ((256, 512, 1024), (64, 2048, 1024), (1, 65536, 1024))
 RTOL = 1e-6
 LONG_ENOUGH = 0.02  # seconds that a measurement takes at least
@@ -77,6 +80,50 @@ def float32_rate() -> float:
     return blocks * 256 * 8 * 2 * rounds / seconds
 
 
+_EXPS = r"""
+extern "C" __global__ void __launch_bounds__(256) exps(float* out, int rounds) {
+  float a[8];
+  for (int i = 0; i < 8; ++i) a[i] = threadIdx.x + i;
+  for (int k = 0; k < rounds; ++k)
+    for (int i = 0; i < 8; ++i) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(a[i]));
+  float total = 0;
+  for (int i = 0; i < 8; ++i) total += a[i];
+  if (total == -1) out[threadIdx.x] = total;
+}
+"""
+
+
+def exponential_rate() -> float:
+    """Float32 powers of two per second in registers."""
+    import cupy
+
+    kernel = cupy.RawKernel(_EXPS, "exps")
+    out, rounds = cupy.empty(256, cupy.float32), 5000
+    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    seconds = seconds_on_device(lambda: kernel((blocks,), (256,), (out, np.int32(rounds))), calls=2)
+    return blocks * 256 * 8 * rounds / seconds
+
+
+def selective_problem(shape: tuple[int, int, int], size: int, dtype: Any, seed: int = 0) -> dict[str, Any]:
+    """Mamba's scan as its layers start: A = -1, ..., -N for every channel, steps between 0.001 and 0.1."""
+    import cupy
+
+    rng = cupy.random.default_rng(seed)
+    batch, steps, dim = shape
+    rates = cupy.broadcast_to(-cupy.arange(1, size + 1, dtype=cupy.float32), (dim, size))
+    found = {
+        "x": rng.standard_normal(shape, dtype=cupy.float32),
+        "delta": cupy.exp(rng.random(shape, dtype=cupy.float32) * np.float32(np.log(100.0)))
+        * np.float32(1e-3),
+        "A": cupy.ascontiguousarray(rates),
+        "B": rng.standard_normal((batch, steps, size), dtype=cupy.float32),
+        "C": rng.standard_normal((batch, steps, size), dtype=cupy.float32),
+        "D": cupy.ones(dim, cupy.float32),
+        "ybar": rng.standard_normal(shape, dtype=cupy.float32),
+    }
+    return {name: array.astype(dtype) for name, array in found.items()}
+
+
 def low_rank_problem(shape: tuple[int, int, int], rank: int, dtype: Any, seed: int = 0) -> dict[str, Any]:
     """A Householder problem on the device: lam in (0.05, 0.95), alpha in (0.05, 0.95) over the root of the rank."""
     import cupy
@@ -136,6 +183,7 @@ class Bench:
         self.report = report
         self.copies = [copy_bandwidth()]
         self.rate = float32_rate()
+        self.exps = exponential_rate()
         self.facts: dict[str, Any] = {}
 
     def add(
@@ -146,14 +194,17 @@ class Bench:
         nbytes: int | None,
         *,
         operations: float = 0,
+        exponentials: float = 0,
         note: str = "",
     ) -> float:
         """Keep one row; `of_copy` is the fraction of its floor."""
         share = None
         if nbytes is not None:
-            share = max(nbytes / self.copies[-1], operations / self.rate) / seconds
+            floor = max(nbytes / self.copies[-1], operations / self.rate, exponentials / self.exps)
+            share = floor / seconds
         label = "x".join(str(n) for n in shape)
-        self.rows.append(Row(case, label, seconds, nbytes, share, note, {"operations": operations}))
+        work = {"operations": operations, "exponentials": exponentials}
+        self.rows.append(Row(case, label, seconds, nbytes, share, note, work))
         self.report(self.rows[-1])
         return seconds
 
@@ -178,6 +229,21 @@ def _scan_case(bench: Bench, shape: tuple[int, int, int]) -> None:
     bench.add("linear_scan", shape, seconds_on_device(lambda: fp.linear_scan(lam, x)), 3 * x.nbytes)
     _, pull = fp.vjp(fp.linear_scan, lam, x)
     bench.add("  its gradient", shape, seconds_on_device(lambda: pull(hbar)), 5 * x.nbytes)
+
+
+def _selective_case(bench: Bench, shape: tuple[int, int, int], dtype: Any, name: str) -> None:
+    """Value, and the pullback; one exponential for each number of state, as if the gradient had those of the value."""
+    p = selective_problem(shape, STATES, dtype)
+    arguments = [p[argument] for argument in ("x", "delta", "A", "B", "C")]
+    x, B, exponentials = p["x"], p["B"], float(p["x"].size) * STATES
+    case = f"selective_scan, N {STATES}, {name}"
+    nbytes = 3 * x.nbytes + 2 * B.nbytes
+    value = seconds_on_device(lambda: fp.selective_scan(*arguments, D=p["D"]))
+    bench.add(case, shape, value, nbytes, exponentials=exponentials)
+    _, pull = fp.vjp(fp.selective_scan, *arguments, D=p["D"])
+    # x, delta, ybar, B, C read, and the cotangents of all but ybar written
+    gradient = seconds_on_device(lambda: pull((p["ybar"], None)))
+    bench.add("  its gradient", shape, gradient, 5 * x.nbytes + 4 * B.nbytes, exponentials=exponentials)
 
 
 def _solve_case(
@@ -258,6 +324,10 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     for shape in (small,) if quick else SCANS:
         _scan_case(bench, shape)
         clean()
+    for shape in (small,) if quick else SELECTIVES:
+        for name, dtype in (("float32", cupy.float32), ("bfloat16", ml_dtypes.bfloat16)):
+            _selective_case(bench, shape, dtype, name)
+            clean()
     values: dict[tuple[int, ...], float] = {}
     for shape in (small,) if quick else SOLVES:
         p = low_rank_problem(shape, 1, cupy.float32)
@@ -309,6 +379,7 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
         "driver": cupy.cuda.runtime.driverGetVersion(),
         "copy_bytes_per_second": bench.copies,
         "float32_operations_per_second": bench.rate,
+        "float32_exponentials_per_second": bench.exps,
         "facts": bench.facts,
         "rows": [row.as_dict() for row in bench.rows],
     }

@@ -5,12 +5,15 @@ One pass over memory where there are channels enough for the device; otherwise t
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes
 from fpnumba.gpu._report import store
+from fpnumba.gpu.selective import selective_scan, selective_scan_vjp
+
+__all__ = ["linear_scan", "linear_scan_vjp", "representative", "selective_scan", "selective_scan_vjp"]
 
 Array = Any
 
@@ -154,18 +157,6 @@ def linear_scan_vjp(
             walk.kernel, batch * walk.segments * walk.groups, walk.threads, arguments, shared=walk.shared
         )
     return lam_bar, x_bar, initial_bar
-
-
-def selective_scan(*_: Any) -> NoReturn:
-    """Not on the device yet: raises `NotImplementedError`."""
-    raise NotImplementedError(
-        "selective_scan has no GPU kernels in this version; move the arrays to the CPU first (cupy.asnumpy(x))"
-    )
-
-
-def selective_scan_vjp(*_: Any) -> NoReturn:
-    """Not on the device yet: raises `NotImplementedError`."""
-    selective_scan()
 
 
 def representative() -> list[_device.Kernel]:

@@ -46,7 +46,31 @@ def whole(kind: str, params: Any, p: dict[str, Any], methods: tuple[str, ...]) -
     mixers.cotangent(kind, params, p["x"], y)
 
 
+def selective(batch: int, steps: int, dim: int, heads: int, size: int, dtype: Any) -> None:
+    """Value and gradient of Mamba's scan; of Mamba-2's with heads."""
+    rng = np.random.default_rng(2)
+    shapes = (
+        (batch, steps, dim),
+        (batch, steps, heads or dim),
+        (heads,) if heads else (dim, size),
+        (batch, steps, size),
+        (batch, steps, size),
+        (dim,),
+        (batch, dim, size),
+        (batch, steps, dim),
+        (batch, dim, size),
+    )
+    arrays = [rng.uniform(0.1, 1.0, shape) for shape in shapes]
+    arrays[2] = -arrays[2]
+    given = [cupy.asarray(a.astype(dtype)) for a in arrays]
+    scan.selective_scan(*given[:7])
+    scan.selective_scan_vjp(*given)
+
+
 def main() -> None:
+    selective(2, 19, 141, 0, 16, np.float32)
+    selective(1, 300, 9, 3, 20, np.float64)  # split in time
+    selective(1, 70, 33, 0, 5, np.float16)
     low_rank(2, 9, 70, 1, np.float32, "householder")
     low_rank(1, 200, 64, 2, np.float64, "householder")  # split in time
     low_rank(2, 5, 33, 5, np.float16, "dplr")

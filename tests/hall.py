@@ -29,8 +29,6 @@ ABSENT = absent()
 PRETEND = None if ABSENT is None else os.environ.get("FPNUMBA_PRETEND_GPU")
 # Left out, and counted, where there is no device: see conftest
 ROOMS = ("reference", "cpu", pytest.param("gpu", marks=[] if PRETEND else pytest.mark.gpu))
-# The GPU room has no selective_scan
-SCANNING = ROOMS[:2]
 
 
 def to_room(array: Any) -> Any:

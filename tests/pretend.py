@@ -52,7 +52,7 @@ def _door(true: Callable[..., Any], host: "Host") -> Callable[..., Any]:
 def doors(name: str, host: "Host") -> Any:
     """A door's file: the reference's functions, held to what the GPU room asks."""
     true = importlib.import_module(f"fpnumba.reference.{name}")
-    public = {n: f for n, f in vars(true).items() if callable(f) and not n.startswith(("_", "selective"))}
+    public = {n: f for n, f in vars(true).items() if callable(f) and not n.startswith("_")}
     return SimpleNamespace(**{name: _door(function, host) for name, function in public.items()})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hall import ROOMS, SCANNING, TIGHT, assert_same, in_room, inputs, mixer_of
+from hall import ROOMS, TIGHT, assert_same, in_room, inputs, mixer_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, Problem, problem, problems, selective
@@ -171,12 +171,9 @@ def _everything(room: str, p: Problem, arrange: Any) -> list[Any]:
     for method in (type(mixer).apply, type(mixer).apply_transpose):
         y, pullback = fp.vjp(method, mixer, x)
         keep(y, *pullback(hbar))
-    if room in SCANNING:
-        q = selective(0, batch=2, steps=p.x.shape[1], dim=p.x.shape[-1])
-        out, pullback = fp.vjp(
-            fp.selective_scan, *(put(a) for a in q[:5]), D=put(q.D), initial=put(q.initial)
-        )
-        keep(*out, *pullback((put(q.ybar), put(q.last_bar))))
+    q = selective(0, batch=2, steps=p.x.shape[1], dim=p.x.shape[-1])
+    out, pullback = fp.vjp(fp.selective_scan, *(put(a) for a in q[:5]), D=put(q.D), initial=put(q.initial))
+    keep(*out, *pullback((put(q.ybar), put(q.last_bar))))
     for new, old in arranged:
         np.testing.assert_array_equal(new, old)
     return results
@@ -243,16 +240,15 @@ def test_empty_and_single_steps(room: str, batch: tuple[int, ...], steps: int) -
         bars = pullback(np.ones(shape))
         assert h.shape == bars[0].shape == bars[1].shape == shape
         assert bars.options["initial"].shape == initial.shape
-        if room in SCANNING:
-            A, b = -np.ones((4, n)), rng.normal(size=(*batch, steps, n))
-            state = rng.normal(size=(*batch, 4, n))
-            (y, last), pullback = fp.vjp(fp.selective_scan, x, lam, A, b, b, initial=state)
-            bars = pullback((np.ones(shape), np.ones(state.shape)))
-            assert y.shape == shape
-            assert last.shape == bars.options["initial"].shape == state.shape
-            assert bars[2].shape == A.shape
-            if steps == 0:
-                np.testing.assert_array_equal(last, state)
+        A, b = -np.ones((4, n)), rng.normal(size=(*batch, steps, n))
+        state = rng.normal(size=(*batch, 4, n))
+        (y, last), pullback = fp.vjp(fp.selective_scan, x, lam, A, b, b, initial=state)
+        bars = pullback((np.ones(shape), np.ones(state.shape)))
+        assert y.shape == shape
+        assert last.shape == bars.options["initial"].shape == state.shape
+        assert bars[2].shape == A.shape
+        if steps == 0:
+            np.testing.assert_array_equal(last, state)
         mixer = fp.mixers.DPLR(rng.normal(size=(*batch, steps, 1, 4)), np.full((*batch, steps, 1), 0.25))
         solution, pullback = fp.vjp(fp.fixed_point_rnn, lam, mixer, x, initial=initial, **TIGHT)
         assert solution.value.shape == shape

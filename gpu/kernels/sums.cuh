@@ -6,17 +6,17 @@
 
 constexpr u32 EVERY_LANE = 0xffffffffu;
 
-// How many values a lane is left with when n have been folded over the lanes.
-__device__ constexpr int folded(int n) {
-  for (int k = 0; k < 5; ++k) n = (n + 1) / 2;
+// How many values a lane is left with when n have been folded over the lanes, or over every STOP-th of them.
+__device__ constexpr int folded(int n, int stop = 1) {
+  for (int offset = 16; offset >= stop; offset /= 2) n = (n + 1) / 2;
   return n;
 }
 
 // At each level a lane keeps one half of the values and sends the other. In the end it holds the totals of `valid`
-// values from number `index` on.
-template <int N, int OFFSET>
+// values from number `index` on. Down to STOP, which leaves the lanes of each STOP neighbours apart.
+template <int N, int OFFSET, int STOP = 1>
 __device__ __forceinline__ void fold_sums(real* v, int lane, int& index, int& valid) {
-  if constexpr (OFFSET > 0) {
+  if constexpr (OFFSET >= STOP) {
     const bool upper = lane & OFFSET;
     constexpr int H = (N + 1) / 2;
     if constexpr (N > 1) {
@@ -32,7 +32,23 @@ __device__ __forceinline__ void fold_sums(real* v, int lane, int& index, int& va
       v[0] += __shfl_xor_sync(EVERY_LANE, v[0], OFFSET);
       if (upper) valid = 0;  // a twin of another lane's
     }
-    fold_sums<H, OFFSET / 2>(v, lane, index, valid);
+    fold_sums<H, OFFSET / 2, STOP>(v, lane, index, valid);
+  }
+}
+
+// Where they are, before or without folding: the same `index` and `valid`.
+template <int N, int OFFSET, int STOP = 1>
+__device__ __forceinline__ void fold_place(int lane, int& index, int& valid) {
+  if constexpr (OFFSET >= STOP) {
+    const bool upper = lane & OFFSET;
+    constexpr int H = (N + 1) / 2;
+    if constexpr (N > 1) {
+      index += upper ? H : 0;
+      valid = upper ? valid - H : (valid < H ? valid : H);
+    } else if (upper) {
+      valid = 0;
+    }
+    fold_place<H, OFFSET / 2, STOP>(lane, index, valid);
   }
 }
 
