@@ -18,7 +18,8 @@ Array = Any
 
 # Threads of a block at most, and blocks of so many that keep a multiprocessor busy.
 BLOCK, BUSY = 128, 4
-# States that a thread has of one channel at most, unless N is more than a warp of such threads takes; the largest N.
+# States that a thread has of one channel at most, half as many in float64, unless N is more than a warp of such threads
+# takes; and the largest N.
 STATES, MOST_STATES = 8, 512
 # Steps of x and delta that are asked for ahead, and steps of B and C at most that lie in shared memory at a time.
 AHEAD, TILE = 4, 32
@@ -84,7 +85,7 @@ class Layout(NamedTuple):
             "TILE": self.tile,
             "AHEAD": AHEAD,
             "CHUNK": self.chunk if mode == KEEP else 1,
-            "MINBLOCKS": BUSY if self.real == 4 and self.states <= STATES else 1,
+            "MINBLOCKS": (BUSY if self.real == 4 else BUSY - 1) if self.states <= STATES else 1,
         }
         rows = 2 if mode == VALUE else 1
         shared = 2 * rows * self.tile * self.slots * self.real
@@ -97,7 +98,7 @@ class Layout(NamedTuple):
 
     def pull(self) -> _device.Kernel:
         """The gradient."""
-        few = 2 if self.real == 4 and self.states <= STATES else 1
+        few = 2 if self.states <= STATES else 1
         macros = {**self.macros, "CHUNK": self.chunk, "MINBLOCKS": few}
         return _device.Kernel.of("selective_pull.cu", "pull", macros)
 
@@ -110,8 +111,8 @@ def _add_up(dtype: str) -> _device.Kernel:
 @lru_cache(1024)
 def layout(dtype: str, heads: bool, dim: int, size: int, limit: int) -> Layout:
     """Lay out `dim` channels of `size` states; a block may have `limit` bytes of shared memory."""
-    lanes = 1
-    while lanes < 32 and -(-size // lanes) > STATES:
+    lanes, most = 1, STATES // 2 if dtype == "float64" else STATES
+    while lanes < 32 and -(-size // lanes) > most:
         lanes *= 2
     states = max(1, -(-size // lanes))
     if states > 2:  # whole accesses of shared memory
