@@ -20,8 +20,9 @@ Cotangents = tuple[Array, Array | None, Array, Array, Params]
 MOST_RANK = 8
 # A segment of time shorter than this is not worth starting from a guess.
 SHORTEST_SEGMENT = 64
-# Blocks of one sequence that a multiprocessor should have.
-BLOCKS_EACH = 2
+# Blocks of one sequence that a multiprocessor should have; one is enough, and half the segments to correct, where it
+# has so many threads and little to think between two steps.
+BLOCKS_EACH, ENOUGH = 2, 256
 # Shared memory that each of two blocks of a multiprocessor may have, and that one alone may have.
 SHARED_EACH, SHARED_MOST = 112 * 1024, 224 * 1024
 
@@ -113,7 +114,9 @@ def _plan(step: Step, shape: tuple[int, int, int], width: int, device: int) -> t
     """The same for a shape, on a device."""
     batch, steps, dim = shape
     whole = layout(step, dim, width)
-    wanted = BLOCKS_EACH * _device.multiprocessors() // max(batch * whole.cluster, 1)
+    alone = step.direct and step.rank == 1 and whole.threads >= ENOUGH
+    each = 1 if alone else BLOCKS_EACH
+    wanted = each * _device.multiprocessors() // max(batch * whole.cluster, 1)
     segments = min(wanted, steps // SHORTEST_SEGMENT)
     if segments <= 1:
         return whole, 1

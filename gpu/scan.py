@@ -18,7 +18,7 @@ __all__ = ["linear_scan", "linear_scan_vjp", "representative", "selective_scan",
 Array = Any
 
 # Threads that keep the memory of a multiprocessor busy, and the most of a block.
-BUSY, BLOCK = 256, 128
+BUSY, BLOCK = 256, 256
 # Steps that a thread asks for ahead of time.
 STAGES = 8
 # Segments of time are made longer than this, by narrower accesses if need be: each costs the correction of its first
@@ -165,6 +165,6 @@ def representative() -> list[_device.Kernel]:
     for function in ("scan", "scan_vjp"):
         for dtype, width in (("float32", 4), ("float32", 1), ("float64", 2), ("bfloat16", 8), ("float16", 1)):
             for split in (False, True):
-                found.append(_kernel(function, dtype, width, 128, 8, False, split))
-        found.append(_kernel(function, "float32", 4, 128, 8, True, False))
+                found.append(_kernel(function, dtype, width, BLOCK, STAGES, False, split))
+        found.append(_kernel(function, "float32", 4, BLOCK, STAGES, True, False))
     return found
