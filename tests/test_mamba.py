@@ -54,7 +54,9 @@ def problem(rng, kind, norm, *, gated=True, heads=None, dtype=np.float64, batch=
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_rooms_agree(kind, norm, dtype, rng):
-    double, initial = problem(rng, kind, norm, heads=2 if norm == "rms" else None, gated=norm != "rms", steps=19)
+    double, initial = problem(
+        rng, kind, norm, heads=2 if norm == "rms" else None, gated=norm != "rms", steps=19
+    )
     options = {"rtol": 1e-13, "max_iter": 4000}
     wanted = plain.solve(double, initial, **options)
     assert (wanted.status == 0).all()
@@ -87,7 +89,9 @@ def test_rooms_agree(kind, norm, dtype, rng):
             assert (mine is None) == (right is None)
             if right is not None:
                 assert mine.dtype == dtype
-                np.testing.assert_allclose(mine, right, rtol=0, atol=10 * tolerance * (1 + np.abs(right).max()))
+                np.testing.assert_allclose(
+                    mine, right, rtol=0, atol=10 * tolerance * (1 + np.abs(right).max())
+                )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,9 +111,15 @@ def test_gradient_is_the_derivative(kind, rng):
         slopes = []
         for h in (1e-5, -1e-5):
             moved = point + h * direction
-            slopes.append(value(system, moved) if name == "initial" else value(system._replace(**{name: moved}), initial))
+            slopes.append(
+                value(system, moved)
+                if name == "initial"
+                else value(system._replace(**{name: moved}), initial)
+            )
         slope = (slopes[0] - slopes[1]) / 2e-5
-        assert float(np.vdot(getattr(bars, name), direction)) == pytest.approx(slope, rel=1e-6, abs=1e-7), name
+        assert float(np.vdot(getattr(bars, name), direction)) == pytest.approx(slope, rel=1e-6, abs=1e-7), (
+            name
+        )
     for k, point in enumerate(system.params):
         direction, slopes = rng.standard_normal(point.shape), []
         for h in (1e-5, -1e-5):

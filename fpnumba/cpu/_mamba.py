@@ -1,10 +1,10 @@
 """Kernels of `fpnumba.cpu.mamba`: all steps of (M), and the adjoint of one; section 5 and 6 of docs/mathematics.md.
 
-A step sees ``y`` only through the mixer. With one of low rank, ``P = U^T S U``, that is through the ``r`` numbers ``sigma =
-U y``, and with ``p = gate (r + w Q x)``, ``q_i = gate w u_i`` the step's map is
+A step sees ``y`` only through the mixer. With one of low rank, ``P = U^T S U``, that is through the ``r`` numbers
+``sigma = U y``, and with ``p = gate (r + w Q x)``, ``q_i = gate w u_i`` the step's map is
 
-    tau = S sigma,   v = p + sum_i tau_i q_i,   U norm(v) = (e + G tau) / sqrt(var(p) + 2 cov(p, q) tau + tau^T cov(q, q) tau
-    + eps) + f,
+    tau = S sigma,   v = p + sum_i tau_i q_i,
+    U norm(v) = (e + G tau) / sqrt(var(p) + 2 cov(p, q) tau + tau^T cov(q, q) tau + eps) + f,
 
 so that after a handful of dot products an iteration is some arithmetic on ``r`` numbers. The others iterate on ``y``.
 """
@@ -258,8 +258,19 @@ def solve_steps(
     scratch = np.empty((6, dim), x.dtype)
     r, w, v, n, held, weighted = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
     q, mq = np.empty((rank, dim), x.dtype), np.empty(rank)
-    S, G, qq, m = np.empty((rank, rank)), np.empty((rank, rank)), np.empty((rank, rank)), np.empty((rank, rank))
-    e, f, pq, sigma, small = np.empty(rank), np.empty(rank), np.empty(rank), np.empty(rank), np.empty((5, rank))
+    S, G, qq, m = (
+        np.empty((rank, rank)),
+        np.empty((rank, rank)),
+        np.empty((rank, rank)),
+        np.empty((rank, rank)),
+    )
+    e, f, pq, sigma, small = (
+        np.empty(rank),
+        np.empty(rank),
+        np.empty(rank),
+        np.empty(rank),
+        np.empty((5, rank)),
+    )
     unit = float(np.finfo(x.dtype).eps)
     step_size = kind(damping)
     for b in range(first, last):
@@ -350,7 +361,9 @@ def solve_steps(
                         if gated:
                             v[i] *= zt[i]
                     if count > 0 and (
-                        moved <= max(atol + rtol * size, 8 * unit * size) or count >= max_iter or moved != moved
+                        moved <= max(atol + rtol * size, 8 * unit * size)
+                        or count >= max_iter
+                        or moved != moved
                     ):
                         break
                     count += 1
@@ -526,8 +539,7 @@ def pull_step(
             o_bar = zt[i] * v_bar[i]
             drive = dt[i] * held[i]
             row, coming, rate, total = now[i], G[b, i], rates[i], kind(0)
-            before, rate_row = past[b, i], rate_bar[b, i]
-            fed = kind(0)
+            rate_row, fed = rate_bar[b, i], kind(0)
             for j in range(size):
                 bar_j = coming[j] + o_bar * ct[j]
                 cb[j] += o_bar * (row[j] + drive * bt[j])

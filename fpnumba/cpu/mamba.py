@@ -1,4 +1,5 @@
-"""The fixed point with a matrix state in Numba, section 5 of docs/mathematics.md: doors as in `fpnumba.reference.mamba`.
+"""The fixed point with a matrix state in Numba, section 5 of docs/mathematics.md: doors as in
+`fpnumba.reference.mamba`.
 
 Sequences over threads. Products of several mixers ("mixture") are the reference room's.
 """
@@ -183,7 +184,20 @@ def pullback(
     skip_bar, weight_bar, bias_bar = (np.zeros((batch, dim), dtype) for _ in range(3))
     met = np.ones(batch, bool)
     arguments = (mixer[0], as_mixer(s.kind, bar), *mixer[1:], *scanned, weight, mode, eps, rtol, max_iter)
-    outputs = (z, u_bar, x_bar, delta_bar, B_bar, C_bar, gate_bar, rate_bar, skip_bar, weight_bar, bias_bar, met)
+    outputs = (
+        z,
+        u_bar,
+        x_bar,
+        delta_bar,
+        B_bar,
+        C_bar,
+        gate_bar,
+        rate_bar,
+        skip_bar,
+        weight_bar,
+        bias_bar,
+        met,
+    )
     u = reference.channel_mix(s, y, mixers) if steps > 1 else y
     spans = [start]
 
@@ -216,7 +230,9 @@ def pullback(
         A_bar = A_bar.reshape(heads, -1).sum(-1)
         delta_bar = delta_bar.reshape(batch, steps, heads, dim // heads).sum(-1)
     good = met & np.isfinite(z).all((1, 2))
-    status = np.where(good, CONVERGED, np.where(np.isfinite(z).all((1, 2)), MAX_ITER, DIVERGED)).astype(np.int8)
+    status = np.where(good, CONVERGED, np.where(np.isfinite(z).all((1, 2)), MAX_ITER, DIVERGED)).astype(
+        np.int8
+    )
     bars = Bars(
         bar,
         x_bar,

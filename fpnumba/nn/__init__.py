@@ -2,7 +2,7 @@
 
 from fpnumba.nn import schedules
 from fpnumba.nn.basic import Embedding, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
-from fpnumba.nn.fpmamba import FPMamba
+from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
 from fpnumba.nn.losses import accuracy, cross_entropy, cross_entropy_vjp
 from fpnumba.nn.model import Model
@@ -14,6 +14,7 @@ __all__ = [
     "AdamW",
     "Embedding",
     "FPMamba",
+    "FPMamba2",
     "LayerNorm",
     "Linear",
     "Model",

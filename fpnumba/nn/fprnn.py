@@ -268,8 +268,8 @@ class FPRNN(FixedPointLayer):
     # --- the recurrence ------------------------------------------------------------------------------------
 
     def _cell(self, params: Params, x_mixer: Array, lam: Array, v: Array, initial: Array) -> Cell:
-        base, feedback, weights, fixed = self._mixer_arguments(params, x_mixer)
-        return Cell(self.map, weights, base, feedback, lam, v, initial, fixed)
+        weights, feedback, fixed = self._mixer_weights(params, v.dtype)
+        return Cell(self.map, weights, self._mixer_base(weights, x_mixer), feedback, lam, v, initial, fixed)
 
     def _cell_vjp(self, params: Params, x_mixer: Array, cell: Cell, bars: Bars) -> tuple[Params, Array]:
         return self._mixer_arguments_vjp(

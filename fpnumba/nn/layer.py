@@ -148,17 +148,22 @@ class FixedPointLayer(ABC):
 
     # --- the mixer's arguments -----------------------------------------------------------------------------
 
-    def _mixer_arguments(self, params: Params, x: Array) -> tuple[Array, Array | None, Weights, Mixer | None]:
-        """``F_x x + bias``, ``F_h``, the weights they come from, and the mixer itself if it is fixed."""
+    def _mixer_weights(self, params: Params, dtype: DTypeLike) -> tuple[Weights, Array | None, Mixer | None]:
+        """The mixer's linear maps, ``F_h`` of them, and the mixer itself if it is fixed."""
         mixer_params = part(params, "mixer")
-        weights = self.map.stack.weights(mixer_params, x.dtype)
+        weights = self.map.stack.weights(mixer_params, dtype)
         if isinstance(self.map, FixedMap):
-            empty = np.zeros((*x.shape[:2], 0), x.dtype)
-            return empty, None, weights, ("fixed", (self.map.matrix(mixer_params),))
-        width = self.d_inner
-        base = rows(x) @ weights.first[:, :width].T + weights.bias
-        feedback = np.ascontiguousarray(weights.first[:, -width:]) if "mixer" in self.hidden else None
-        return base.reshape(*x.shape[:2], base.shape[1]), feedback, weights, None
+            return weights, None, ("fixed", (self.map.matrix(mixer_params),))
+        if "mixer" not in self.hidden:
+            return weights, None, None
+        return weights, np.ascontiguousarray(weights.first[:, -self.d_inner :]), None
+
+    def _mixer_base(self, weights: Weights, x: Array) -> Array:
+        """``F_x x + bias``."""
+        if isinstance(self.map, FixedMap):
+            return np.zeros((*x.shape[:2], 0), x.dtype)
+        base = rows(x) @ weights.first[:, : self.d_inner].T + weights.bias
+        return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(
         self,
