@@ -98,6 +98,11 @@ class Room:
         return self._door("solve")
 
     @property
+    def mamba(self) -> Any:
+        """Fixed points with a matrix state."""
+        return self._door("mamba")
+
+    @property
     def xp(self) -> Any:
         """The array module of what goes through the doors: NumPy, or CuPy."""
         return _gpu().xp() if self.name == "gpu" else np

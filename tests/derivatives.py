@@ -43,3 +43,24 @@ def assert_transposed(forward: tuple[Any, Any], backward: tuple[Any, Any], rtol:
     """The dot-product identity ``<ybar, J t> = <J^T ybar, t>``, given both pairs."""
     scale = max(size_of(*forward), size_of(*backward))
     assert abs(dot(*forward) - dot(*backward)) <= rtol * scale + 1e-300
+
+
+def slopes_and_gradients(layer, params, x, rng):
+    """For every parameter and the input: derivative in a direction by differences, and by the adjoint.
+
+    Row-normalised matrices bend sharply, so the steps are shorter than those of ``check_adjoint``.
+    """
+    y, pullback = layer.vjp(params, x)
+    y_bar = rng.standard_normal(y.shape)
+    bars, x_bar = pullback(y_bar)
+    for name in [*params, "x"]:
+        point, bar = (x, x_bar) if name == "x" else (params[name], bars[name])
+        direction = rng.standard_normal(point.shape)
+
+        def along(e, name=name, point=point, direction=direction):
+            moved = point + e * direction
+            out = layer(params, moved) if name == "x" else layer({**params, name: moved}, x)
+            return float(np.vdot(out, y_bar))
+
+        coarse, fine = ((along(e) - along(-e)) / (2 * e) for e in (4e-5, 2e-5))
+        yield name, (4 * fine - coarse) / 3, float(np.vdot(bar, direction))

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from derivatives import slopes_and_gradients
 
 import fpnumba as fp
 from fpnumba import nn
@@ -66,27 +67,6 @@ def test_all_ways_agree_and_decoding_too(mixer, rank, hidden, rng):
         steps.append(now)
     np.testing.assert_allclose(np.stack(steps, 1), y, rtol=0, atol=1e-11)
     assert {n: s.shape for n, s in state.items()} == sizes
-
-
-def slopes_and_gradients(layer, params, x, rng):
-    """For every parameter and the input: derivative in a direction by differences, and by the adjoint.
-
-    Row-normalised matrices bend sharply, so the steps are shorter than those of ``check_adjoint``.
-    """
-    y, pullback = layer.vjp(params, x)
-    y_bar = rng.standard_normal(y.shape)
-    bars, x_bar = pullback(y_bar)
-    for name in [*params, "x"]:
-        point, bar = (x, x_bar) if name == "x" else (params[name], bars[name])
-        direction = rng.standard_normal(point.shape)
-
-        def along(e, name=name, point=point, direction=direction):
-            moved = point + e * direction
-            out = layer(params, moved) if name == "x" else layer({**params, name: moved}, x)
-            return float(np.vdot(out, y_bar))
-
-        coarse, fine = ((along(e) - along(-e)) / (2 * e) for e in (4e-5, 2e-5))
-        yield name, (4 * fine - coarse) / 3, float(np.vdot(bar, direction))
 
 
 @pytest.mark.parametrize(

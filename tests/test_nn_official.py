@@ -178,8 +178,8 @@ def test_compiled_modules_and_single_precision(rng):
 
 def test_refusals_name_the_culprit(rng):
     meta, state = published(rng)
-    with pytest.raises(ValueError, match="'FPMamba'"):
-        nn.from_official(meta | {"cls": "FPMamba"}, state)
+    with pytest.raises(ValueError, match="'FPMamba2'"):
+        nn.from_official(meta | {"cls": "FPMamba2"}, state)
     with pytest.raises(ValueError, match="d_model"):
         nn.from_official({"cls": "FPRNN"}, state)
     with pytest.raises(ValueError, match="mixer_type"):

@@ -2,6 +2,7 @@
 
 from fpnumba.nn import schedules
 from fpnumba.nn.basic import Embedding, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
+from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
 from fpnumba.nn.losses import accuracy, cross_entropy, cross_entropy_vjp
 from fpnumba.nn.model import Model
@@ -12,6 +13,8 @@ __all__ = [
     "FPRNN",
     "AdamW",
     "Embedding",
+    "FPMamba",
+    "FPMamba2",
     "LayerNorm",
     "Linear",
     "Model",

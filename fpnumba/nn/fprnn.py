@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.arrays import host_room
 from fpnumba.nn import low_rank, ways
-from fpnumba.nn.activations import check, sigmoid, silu, silu_vjp
+from fpnumba.nn.activations import sigmoid, silu, silu_vjp
 from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
-from fpnumba.nn.mixer_maps import FixedMap, LowRankMap, make_map, sigmoid_vjp
+from fpnumba.nn.layer import FixedPointLayer
+from fpnumba.nn.mixer_maps import LowRankMap, sigmoid_vjp
 from fpnumba.nn.recurrence import Bars, Cell, Solve
 from fpnumba.solve import Adjoint, Solver, report
 
 Array = NDArray[Any]
 State = dict[str, Array]
 
-MIXERS = ("householder", "dplr", "kronecker", "monarch", "dense", "fixed", "mixture")
 
-
-class FPRNN:
+class FPRNN(FixedPointLayer):
     """A fixed-point RNN with vector state, arXiv 2503.10799; (F) of section 3 of docs/mathematics.md inside
     a gated block.
 
@@ -123,45 +121,27 @@ class FPRNN:
         n_backwards: int = 0,
         train_mode: bool = False,
     ) -> None:
-        if d_model < 1 or expand < 1:
-            raise ValueError(f"d_model and expand must be at least 1, not {d_model} and {expand}")
-        if mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(map(repr, MIXERS))}, not {mixer!r}")
         if tuple(hidden) not in ((), ("mixer",)):
             raise ValueError(f"hidden must be () or ('mixer',), not {hidden!r}")
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
-        if mixer == "mixture" and rank < 2:
-            raise ValueError(f"rank of a mixture is its number of mixers and must be at least 2, not {rank}")
-        if not 0 < alpha_max <= 2:
-            raise ValueError(f"alpha_max must lie in (0, 2], not {alpha_max}")
-        if n_backwards < 0:
-            raise ValueError(f"n_backwards must not be negative, not {n_backwards}")
-        if projection_rank is not None and projection_rank < 1:
-            raise ValueError(f"projection_rank must be at least 1, or None, not {projection_rank}")
-        self.d_model, self.d_inner = d_model, expand * d_model if d_inner is None else d_inner
-        self.mixer, self.rank, self.symmetric = mixer, rank, symmetric
-        self.hidden = () if mixer == "fixed" else tuple(hidden)
-        self.projection_rank, self.activation, self.normalization = (
-            projection_rank,
-            check(activation),
-            normalization,
-        )
-        self.short_conv, self.alpha_max, self.norm_eps = short_conv, float(alpha_max), float(norm_eps)
-        self.weight_norm, self.n_backwards, self.train_mode = weight_norm, n_backwards, train_mode
-        self.solver = Solver() if solver is None else solver
-        self.adjoint = Adjoint() if adjoint is None else adjoint
-        self.map = make_map(
-            mixer,
-            self.d_inner,
-            self.d_inner * (2 if self.hidden and not symmetric else 1),
+        super().__init__(
+            d_model,
+            expand=expand,
+            d_inner=d_inner,
+            mixer=mixer,
             rank=rank,
+            hidden=hidden,
+            symmetric=symmetric,
             projection_rank=projection_rank,
             activation=activation,
             normalization=normalization,
-            alpha_max=self.alpha_max,
-            norm_eps=self.norm_eps,
+            short_conv=short_conv,
+            alpha_max=alpha_max,
+            norm_eps=norm_eps,
             weight_norm=weight_norm,
+            solver=solver,
+            adjoint=adjoint,
+            n_backwards=n_backwards,
+            train_mode=train_mode,
         )
         if self.hidden:
             ways.way(self.solver, self.map)
@@ -191,44 +171,6 @@ class FPRNN:
         return params
 
     # --- the call ------------------------------------------------------------------------------------------
-
-    def __call__(self, params: Params, x: Array, *, record: Record = None) -> Array:
-        """Evaluate the layer.
-
-        Parameters
-        ----------
-        params : dict of arrays
-            From :meth:`init`.
-        x : ndarray (..., T, d_model) of float32 or float64
-        record : list, optional
-            Receives the :class:`fpnumba.Solution`.
-
-        Returns
-        -------
-        ndarray (..., T, d_model)
-
-        Raises
-        ------
-        ValueError
-            If ``x`` has another width.
-        """
-        return self._forward(params, x, record, keep=False)[0]
-
-    def vjp(self, params: Params, x: Array, *, record: Record = None) -> tuple[Array, Pullback]:
-        """Evaluate the layer, and return the adjoint too.
-
-        Parameters
-        ----------
-        params, x, record
-            As for the call.
-
-        Returns
-        -------
-        y : ndarray (..., T, d_model)
-        pullback : function
-            ``pullback(y_bar) -> (params_bar, x_bar)``.
-        """
-        return self._forward(params, x, record, keep=True)
 
     def _forward(self, params: Params, x: Array, record: Record, *, keep: bool) -> tuple[Array, Pullback]:
         if x.ndim < 2 or x.shape[-1] != self.d_model:
@@ -326,41 +268,19 @@ class FPRNN:
     # --- the recurrence ------------------------------------------------------------------------------------
 
     def _cell(self, params: Params, x_mixer: Array, lam: Array, v: Array, initial: Array) -> Cell:
-        mixer_params = part(params, "mixer")
-        weights = self.map.stack.weights(mixer_params, v.dtype)
-        if isinstance(self.map, FixedMap):
-            empty = np.zeros((*v.shape[:2], 0), v.dtype)
-            fixed = ("fixed", (self.map.matrix(mixer_params),))
-            return Cell(self.map, weights, empty, None, lam, v, initial, fixed)
-        width = self.d_inner
-        base = rows(x_mixer) @ weights.first[:, :width].T + weights.bias
-        feedback = np.ascontiguousarray(weights.first[:, -width:]) if self.hidden else None
-        return Cell(self.map, weights, base.reshape(*v.shape[:2], base.shape[1]), feedback, lam, v, initial)
+        weights, feedback, fixed = self._mixer_weights(params, v.dtype)
+        return Cell(self.map, weights, self._mixer_base(weights, x_mixer), feedback, lam, v, initial, fixed)
 
     def _cell_vjp(self, params: Params, x_mixer: Array, cell: Cell, bars: Bars) -> tuple[Params, Array]:
-        mixer_params = part(params, "mixer")
-        if isinstance(self.map, FixedMap):
-            q_bar = np.zeros_like(cell.fixed[1][0]) if bars.fixed is None else bars.fixed  # type: ignore[index]
-            return self.map.matrix_vjp(mixer_params, q_bar), np.zeros_like(x_mixer)
-        width, base_bar, total = self.d_inner, rows(bars.base), bars.seconds
-        total.first[:, :width] += base_bar.T @ rows(x_mixer)
-        if bars.feedback is not None:
-            total.first[:, -width:] += bars.feedback
-        total.bias += base_bar.sum(0)
-        x_bar = (base_bar @ cell.weights.first[:, :width]).reshape(x_mixer.shape)
-        return self.map.stack.weights_vjp(mixer_params, total), x_bar
+        return self._mixer_arguments_vjp(
+            params, x_mixer, cell.weights, bars.base, bars.feedback, bars.seconds, bars.fixed
+        )
 
     def _way(self) -> str:
         if self.hidden:
             return ways.way(self.solver, self.map)
         low_rank = self.rank if self.mixer in ("householder", "dplr") else None
         return self.solver.way(low_rank)
-
-    def _solver(self) -> Solver:
-        """The solver of this mode."""
-        if self.solver.criterion == "published" and not self.train_mode:
-            return replace(self.solver, quantile=1.0, max_iter=1000)
-        return self.solver
 
     def _solve(self, cell: Cell, record: Record, lead: tuple[int, ...], *, keep: bool) -> Solve:
         solver, way = self._solver(), self._way()
@@ -372,11 +292,7 @@ class FPRNN:
             found = ways.solve_chunked(cell, solver)
         else:
             found = self._sequential(cell, keep=keep)
-        if record is not None or solver.on_failure != "ignore":
-            solution = ways.lead_axes(found.solution, lead)
-            if record is not None:
-                record.append(solution)
-            report("FPRNN", solution, solver.on_failure, quantile=solver.quantile)
+        self._tell(found.solution, record, lead)
         return found
 
     def _sequential(self, cell: Cell, *, keep: bool) -> Solve:

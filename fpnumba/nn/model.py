@@ -10,16 +10,20 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fpnumba.nn.basic import Array, Embedding, Linear, Params, Pullback, Record, RMSNorm, SwiGLU, part, under
+from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
+from fpnumba.nn.layer import FixedPointLayer
 from fpnumba.solve import Adjoint, Solver
 
+LAYERS: dict[str, Any] = {"FPRNN": FPRNN, "FPMamba": FPMamba, "FPMamba2": FPMamba2}
 ModelPullback = Callable[[Array], tuple[Params, None]]
 
 
 class Model:
     """Embedding, blocks of normalised fixed-point RNNs with residuals, norm, readout.
 
-    Each block is ``x + FPRNN(RMSNorm(x))``, and with ``mlp`` also ``x + SwiGLU(RMSNorm(x))``.
+    Each block is ``x + FPRNN(RMSNorm(x))``, or another fixed-point layer, and with ``mlp``
+    also ``x + SwiGLU(RMSNorm(x))``.
 
     Parameters
     ----------
@@ -30,7 +34,8 @@ class Model:
     d_model : int
     n_layers : int, default 1
     layer : mapping, optional
-        Options of :class:`FPRNN`; ``solver`` and ``adjoint`` may be mappings of their options.
+        Options of the layer, and its ``kind``: "FPRNN" (the default), "FPMamba" or "FPMamba2"; ``solver`` and
+        ``adjoint`` may be mappings of their options.
     mlp : int, optional
         Hidden width of the gated units; None for blocks without one.
     norm_eps : float
@@ -74,8 +79,13 @@ class Model:
             if isinstance(options.get(name), Mapping):
                 options[name] = cls(**options[name])
         self.layer_options = options
+        kind = options.get("kind", "FPRNN")
+        if kind not in LAYERS:
+            raise ValueError(f"kind of the layer must be one of {', '.join(map(repr, LAYERS))}, not {kind!r}")
         self.embedding = Embedding(vocab, d_model)
-        self.rnn = FPRNN(d_model, **options)
+        self.rnn: FixedPointLayer = LAYERS[kind](
+            d_model, **{name: value for name, value in options.items() if name != "kind"}
+        )
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.unit = None if mlp is None else SwiGLU(d_model, mlp)
         self.readout = Linear(d_model, self.vocab_out)
@@ -115,9 +125,9 @@ class Model:
         params |= under(self.norm.init(rng, dtype), "norm")
         return params | under(self.readout.init(rng, dtype), "readout")
 
-    def _branches(self) -> list[tuple[str, str, FPRNN | SwiGLU]]:
+    def _branches(self) -> list[tuple[str, str, FixedPointLayer | SwiGLU]]:
         """Names of norm and layer, and the layer, of every residual branch in order."""
-        branches: list[tuple[str, str, FPRNN | SwiGLU]] = []
+        branches: list[tuple[str, str, FixedPointLayer | SwiGLU]] = []
         for i in range(self.n_layers):
             branches.append((f"layers.{i}.norm", f"layers.{i}.rnn", self.rnn))
             if self.unit is not None:
@@ -199,7 +209,7 @@ class Model:
         after = []
         for norm, name, layer in self._branches():
             normed = self.norm(part(params, norm), x)
-            if isinstance(layer, FPRNN):
+            if isinstance(layer, FixedPointLayer):
                 y, now = layer.step(part(params, name), normed, next(states))
                 after.append(now)
             else:

@@ -11,7 +11,7 @@ state, section 4.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Weights
-from fpnumba.solve import Solution
+from fpnumba.solve import Solution, Solver
 
 Array = NDArray[Any]
 
@@ -73,6 +73,25 @@ class Cell:
     def before(self, h: Array) -> Array:
         """``h_{t-1}`` for every ``t``."""
         return np.concatenate([self.initial[:, None], h[:, :-1]], axis=1)[:, : h.shape[1]]
+
+    def carry(self, h: Array) -> Array:
+        """What the steps after these start from."""
+        last: Array = h[:, -1]
+        return last
+
+    def share(self) -> float:
+        """The part of the tolerance that one of ``T`` steps may use up; section 7, as for chunks."""
+        steps = max(self.lam.shape[1], 1)
+        through = float(np.abs(self.lam).max(initial=0.0))
+        return 0.5 * max(1.0 - through, 1.0 / steps) if np.isfinite(through) else 1.0
+
+    def settle(self, h: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
+        """A step is linear given its past, so its fixed point is the only one."""
+        return None
+
+    def bars(self) -> Bars:
+        """Cotangents of all of this, none of anything yet."""
+        return Bars.zeros(self)
 
     def finite(self, b: int) -> bool:
         """Whether the inputs of one sequence are finite."""
@@ -164,6 +183,59 @@ class Bars:
         if arguments_bar is not None and cell.feedback is not None:
             h_bar[:, :-1] += (rows(arguments_bar) @ cell.feedback).reshape(h_bar.shape)[:, 1:]
         return h_bar
+
+
+class Differentiable(Protocol):
+    """Where cotangents are added up, application after application."""
+
+    def application(self, made: Any, h: Array, new: Array, new_bar: Array, *, through: bool) -> Array | None:
+        """Differentiate ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
+        ...
+
+
+B = TypeVar("B", bound=Differentiable, covariant=True)
+
+
+class Recurrence(Protocol[B]):
+    """What :mod:`fpnumba.nn.ways` asks of a recurrence: :class:`Cell`, or one with a matrix state.
+
+    ``v`` has the shape of the iterate, and ``initial`` is whatever :meth:`part` takes for its second argument.
+    """
+
+    v: Array
+    initial: Any
+
+    def part(self, steps: slice, initial: Any) -> Self:
+        """The same over some of the steps."""
+        ...
+
+    def carry(self, h: Array) -> Any:
+        """What the steps after these start from."""
+        ...
+
+    def share(self) -> float:
+        """The part of the tolerance that one step may use up."""
+        ...
+
+    def finite(self, b: int) -> bool:
+        """Whether the inputs of one sequence are finite."""
+        ...
+
+    def settle(self, h: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
+        """From where to go on if some step is at another fixed point than its own; None if all are at theirs."""
+        ...
+
+    def mix(self, h: Array) -> Any:
+        """What is made from a previous iterate."""
+        ...
+
+    def iterate(self, h: Array) -> Array:
+        """One application of the whole map."""
+        ...
+
+    def bars(self) -> B:
+        """Where cotangents are added up."""
+        ...
 
 
 @dataclass

@@ -24,9 +24,9 @@ from fpnumba.nn import mixing
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
-from fpnumba.nn.recurrence import Bars, Cell, Solve
+from fpnumba.nn.recurrence import B, Bars, Cell, Recurrence, Solve
 from fpnumba.relax import relax
-from fpnumba.solve import Adjoint, Solution, Solved, Solver, Status
+from fpnumba.solve import FEW_ITERATIONS, Adjoint, Solution, Solved, Solver, Status
 
 Array = NDArray[Any]
 
@@ -47,13 +47,6 @@ def way(solver: Solver, map: MixerMap) -> str:
         chosen = solver.way(rank=None)
         return "sequential" if chosen == "chunked" and solver.chunk is None else chosen
     return solver.method
-
-
-def share(cell: Cell) -> float:
-    """The part of the tolerance that one of ``T`` steps may use up; section 7, as for chunks."""
-    steps = max(cell.lam.shape[1], 1)
-    through = float(np.abs(cell.lam).max(initial=0.0))
-    return 0.5 * max(1.0 - through, 1.0 / steps) if np.isfinite(through) else 1.0
 
 
 def solve_linear(mixer: Mixer, cell: Cell, solver: Solver, method: str) -> Solved:
@@ -144,7 +137,31 @@ class Verdict:
         )
 
 
-def solve_parallel(cell: Cell, solver: Solver, *, further: int) -> Solve:
+def settles(solver: Solver) -> bool:
+    """Whether a solve is for the fixed point, rather than for what a policy of the whole iteration arrives at."""
+    return solver.criterion == "max" and solver.quantile is None and solver.max_iter >= FEW_ITERATIONS
+
+
+def _settled(
+    cell: Recurrence[Any], step: Any, solved: Solved, history: NDArray[np.float64], solver: Solver
+) -> tuple[Solved, NDArray[np.float64]]:
+    """Go on until every step is at the fixed point that it reaches by itself, its past being what it is.
+
+    Where there are several, an iteration of all steps may leave some of them at another one, because it passes them
+    while their past still changes. Every round makes at least one more step final.
+    """
+    for _ in range(cell.v.shape[1]):
+        start = cell.settle(solved.value, solved.status == Status.CONVERGED, solver)
+        if start is None:
+            break
+        again, more = relax(step, start, solver, cell.finite)
+        count = solved.iterations + again.iterations
+        solved = Solved(again.value, count, again.residual, again.status, count[:, None].copy())
+        history = np.concatenate([history, more])
+    return solved, history
+
+
+def solve_parallel(cell: Recurrence[Any], solver: Solver, *, further: int) -> Solve:
     """All steps at once, then ``further`` applications that are differentiated (the published code makes
     one)."""
     last = np.zeros_like(cell.v)
@@ -155,6 +172,8 @@ def solve_parallel(cell: Cell, solver: Solver, *, further: int) -> Solve:
         return cell.iterate(h)
 
     solved, history = relax(step, np.zeros_like(cell.v), solver, cell.finite)
+    if settles(solver):
+        solved, history = _settled(cell, step, solved, history, solver)
     verdict = Verdict(len(cell.v))
     verdict.add(solved)
     chain, h = [last], solved.value
@@ -166,18 +185,20 @@ def solve_parallel(cell: Cell, solver: Solver, *, further: int) -> Solve:
     return Solve(h, verdict.solution(h, "parallel", history), chain)
 
 
-def solve_chunked(cell: Cell, solver: Solver) -> Solve:
+def solve_chunked(cell: Recurrence[Any], solver: Solver) -> Solve:
     """Chunk after chunk, each iterated until it has converged."""
     steps, size = cell.v.shape[1], solver.chunk or 64
-    tolerance = share(cell) if steps > size else 1.0
+    tolerance = cell.share() if steps > size else 1.0
     plain = replace(
         solver, method="parallel", chunk=None, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance
     )
     h, verdict, carry = np.empty_like(cell.v), Verdict(len(cell.v)), cell.initial
     for start in range(0, steps, size):
         here = cell.part(slice(start, start + size), carry)
-        solved, _ = relax(here.iterate, np.zeros_like(here.v), plain, here.finite)
-        h[:, start : start + size], carry = solved.value, solved.value[:, -1]
+        solved, history = relax(here.iterate, np.zeros_like(here.v), plain, here.finite)
+        if settles(solver):
+            solved, _ = _settled(here, here.iterate, solved, history, plain)
+        h[:, start : start + size], carry = solved.value, here.carry(solved.value)
         verdict.add(solved)
     return Solve(h, verdict.solution(h, "chunked"))
 
@@ -186,7 +207,7 @@ def solve_sequential(cell: Cell, solver: Solver, *, keep: bool) -> Solve:
     """Step after step: make the mixer from ``h_{t-1}``, then solve the linear step."""
     batch, steps, _ = cell.v.shape
     direct = cell.map.kind in ("householder", "dplr")
-    method, tolerance = "direct" if direct else "sequential", share(cell)
+    method, tolerance = "direct" if direct else "sequential", cell.share()
     tight = replace(
         solver, method="auto", chunk=None, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance
     )
@@ -212,11 +233,11 @@ def solve_given(cell: Cell, solver: Solver, way: str) -> Solve:
     return Solve(solved.value, found)
 
 
-def pull_chain(cell: Cell, found: Solve, hbar: Array) -> Bars:
+def pull_chain(cell: Recurrence[B], found: Solve, hbar: Array) -> B:
     """The one-step gradient: through the last applications, and not into the iterate from which they
     start."""
     chain = found.chain or [found.h]
-    bars, outputs = Bars.zeros(cell), [*chain[1:], found.h]
+    bars, outputs = cell.bars(), [*chain[1:], found.h]
     for i in range(len(chain) - 1, -1, -1):
         h = chain[i]
         back = bars.application(cell.mix(h), h, outputs[i], hbar, through=i > 0)
@@ -225,15 +246,15 @@ def pull_chain(cell: Cell, found: Solve, hbar: Array) -> Bars:
     return bars
 
 
-def pull_neumann(cell: Cell, h: Array, hbar: Array, terms: int) -> Bars:
+def pull_neumann(cell: Recurrence[B], h: Array, hbar: Array, terms: int) -> B:
     """``z = sum_{k <= terms} (J^T)^k hbar`` at the fixed point, then one application."""
     made, z, term = cell.mix(h), hbar, hbar
     for _ in range(terms):
-        back = Bars.zeros(cell).application(made, h, h, term, through=True)
+        back = cell.bars().application(made, h, h, term, through=True)
         if back is not None:
             term = back
             z = z + term
-    bars = Bars.zeros(cell)
+    bars = cell.bars()
     bars.application(made, h, h, z, through=False)
     return bars
 
@@ -249,7 +270,7 @@ def pull_sequential(
     bars, h = Bars.zeros(cell), found.h
     batch, steps, _ = h.shape
     direct = cell.map.kind in ("householder", "dplr")
-    method, tolerance = "direct" if direct else "sequential", share(cell)
+    method, tolerance = "direct" if direct else "sequential", cell.share()
     tight = replace(adjoint, rtol=adjoint.rtol * tolerance, atol=adjoint.atol * tolerance)
     whole = replace(solver, method="auto", chunk=None)
     before, s, verdict = cell.before(h), np.empty_like(h), Verdict(batch)

@@ -1,0 +1,390 @@
+"""What the FP-Mamba layers share: the fixed point with a matrix state, and all that stands behind it."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fpnumba.nn import matrix_ways, ways
+from fpnumba.nn.activations import silu, silu_vjp
+from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
+from fpnumba.nn.layer import FixedPointLayer, State
+from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
+from fpnumba.nn.mixing import Mixer
+from fpnumba.nn.projections import Weights, init_weight, weight_of, weight_vjp
+from fpnumba.nn.recurrence import Solve
+from fpnumba.reference.mamba import Norm
+from fpnumba.solve import Solution, report
+
+Array = NDArray[Any]
+
+HIDDEN = ("lambda", "mixer", "b", "c")
+GATES = ("outside", "inside", "both")
+
+
+@dataclass
+class Front:
+    """What stands before the recurrence, made from the input of a layer: all that no iteration changes.
+
+    ``x (B, T, D)`` drives it, ``z (B, T, D)`` is the gate before its activation, ``arguments`` are the input's parts of
+    "b", "c" and "lambda"; ``window`` is what the convolution has to remember. ``pull`` takes cotangents of ``x``,
+    ``z`` and the arguments to those of the parameters and of the input.
+    """
+
+    x: Array
+    z: Array
+    arguments: dict[str, Array]
+    window: Array | None
+    pull: Any
+
+
+@dataclass
+class Folded:
+    """The matrices behind the parameters that see the hidden state, normalised and stacked."""
+
+    weights: Weights
+    feedback: dict[str, Array]
+    stacked: Array | None
+    fixed: Mixer | None
+    w_z: Array | None
+
+
+class MatrixStateLayer(FixedPointLayer):
+    """What :class:`FPMamba` and :class:`FPMamba2` share: everything but what stands before the recurrence."""
+
+    def __init__(
+        self, d_model: int, *, d_state: int, hidden: Sequence[str], gate: str, bias: bool, **options: Any
+    ) -> None:
+        unknown = [name for name in hidden if name not in HIDDEN]
+        if unknown or len(set(hidden)) != len(hidden):
+            raise ValueError(f"hidden must be some of {', '.join(map(repr, HIDDEN))}, not {hidden!r}")
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, not {gate!r}")
+        if d_state < 1:
+            raise ValueError(f"d_state must be at least 1, not {d_state}")
+        super().__init__(d_model, hidden=hidden, **options)
+        self.d_state, self.gate, self.bias = d_state, gate, bias
+        self._kept: tuple[list[Array], Array, Folded] | None = None
+        ways.way(self.solver, self.map)
+
+    # --- what the two forms do differently -----------------------------------------------------------------
+
+    @abstractmethod
+    def _front(self, params: Params, x: Array, window: Array | None) -> Front:
+        """``x (B, T, d_model)`` to what drives the recurrence."""
+
+    @abstractmethod
+    def _rates(self, params: Params) -> tuple[Array, Array, Steps, Norm, float | None]:
+        """``A``, ``D`` for each channel, the step sizes, the norm and the eps of ``b`` and ``c``."""
+
+    @abstractmethod
+    def _rates_vjp(self, params: Params, bars: MatrixBars) -> Params:
+        """Cotangents of the parameters behind :meth:`_rates`."""
+
+    @abstractmethod
+    def _step_rows(self) -> int:
+        """Width of the argument of "lambda"."""
+
+    @abstractmethod
+    def _conv(self) -> ShortConv | None:
+        """The short convolution."""
+
+    # --- parameters ----------------------------------------------------------------------------------------
+
+    @property
+    def _seen(self) -> tuple[str, ...]:
+        """Those of ``b`` and ``c`` that see the hidden state, in the order of their rows."""
+        return tuple(name for name in ("b", "c") if name in self.hidden)
+
+    def _init_shared(self, rng: np.random.Generator, dtype: DTypeLike) -> Params:
+        inner = self.d_inner
+        params: Params = {}
+        if self._seen:
+            count = len(self._seen) * self.d_state
+            params |= init_weight("bc_y_proj", count, inner, self.weight_norm, rng, dtype)
+        if "lambda" in self.hidden:
+            params |= init_weight("dt_y_proj", self._step_rows(), inner, self.weight_norm, rng, dtype)
+        if self.gate != "inside":
+            params |= init_weight("z_y_proj", inner, inner, self.weight_norm, rng, dtype)
+        params |= under(self.map.init(rng, dtype), "mixer")
+        conv = self._conv()
+        if conv is not None:
+            params |= under(conv.init(rng, dtype), "conv1d")
+        params["out_proj.weight"] = uniform(rng, (self.d_model, inner), inner, dtype)
+        if self.bias:
+            params["out_proj.bias"] = np.zeros(self.d_model, dtype)
+        return params
+
+    def _step_bias(self, rng: np.random.Generator, count: int, dtype: DTypeLike) -> Array:
+        """The inverse of softplus at step sizes spread evenly, in the logarithm, between 0.001 and 0.1."""
+        step = np.maximum(np.exp(rng.uniform(math.log(0.001), math.log(0.1), count)), 1e-4)
+        bias: Array = (step + np.log(-np.expm1(-step))).astype(dtype)
+        return bias
+
+    # --- the call ------------------------------------------------------------------------------------------
+
+    def _fold(self, params: Params, dtype: DTypeLike) -> Folded:
+        """What is made of the parameters once for a call."""
+        weights, mixer, fixed = self._mixer_weights(params, dtype)
+        feedback: dict[str, Array] = {} if mixer is None else {"mixer": mixer}
+        if self._seen:
+            both = weight_of("bc_y_proj", self.weight_norm, params)
+            for i, name in enumerate(self._seen):
+                feedback[name] = both[i * self.d_state : (i + 1) * self.d_state]
+        if "lambda" in self.hidden:
+            feedback["lambda"] = weight_of("dt_y_proj", self.weight_norm, params)
+        parts = [feedback[name] for name in SEGMENTS if name in feedback]
+        stacked = np.ascontiguousarray(np.concatenate(parts)) if parts else None
+        w_z = weight_of("z_y_proj", self.weight_norm, params) if self.gate != "inside" else None
+        return Folded(weights, feedback, stacked, fixed, w_z)
+
+    def _folded(self, params: Params, dtype: DTypeLike) -> Folded:
+        """:meth:`_fold`, kept from one step of decoding to the next.
+
+        As long as the arrays are the same, and a sample of the numbers in them.
+        """
+        arrays = [params[name] for name in sorted(params) if "_y_proj" in name or name.startswith("mixer.")]
+        sample = np.concatenate([a.reshape(-1)[:: max(a.size // 16, 1)] for a in arrays] or [np.zeros(0)])
+        if self._kept is not None:
+            before, then, folded = self._kept
+            same = len(before) == len(arrays) and all(a is b for a, b in zip(before, arrays, strict=True))
+            if same and np.array_equal(then, sample):
+                return folded
+        folded = self._fold(params, dtype)
+        self._kept = arrays, sample, folded
+        return folded
+
+    def _cell(self, params: Params, folded: Folded, front: Front, state: State) -> MatrixCell:
+        A, skip, steps, norm, bc_eps = self._rates(params)
+        inner = self.d_inner
+        initial = (
+            np.ascontiguousarray(state["y"]).reshape(-1, inner),
+            np.ascontiguousarray(state["H"]).reshape(-1, inner, self.d_state),
+        )
+        return MatrixCell(
+            self.map,
+            folded.weights,
+            {"mixer": self._mixer_base(folded.weights, front.x), **front.arguments},
+            folded.feedback,
+            front.x,
+            A,
+            skip,
+            None if self.gate == "outside" else silu(front.z),
+            norm,
+            steps,
+            bc_eps,
+            initial,
+            folded.fixed,
+            stacked=folded.stacked,
+        )
+
+    def _cell_vjp(
+        self, params: Params, front: Front, cell: MatrixCell, bars: MatrixBars
+    ) -> tuple[Params, Array]:
+        """Cotangents of all parameters behind the cell, and of ``x``."""
+        stacked, at, fed = bars.stacked, 0, {}
+        for name in SEGMENTS:
+            if name in cell.feedback and stacked is not None:
+                fed[name] = stacked[at : at + len(cell.feedback[name])]
+                at += len(cell.feedback[name])
+        grads, x_bar = self._mixer_arguments_vjp(
+            params, front.x, cell.weights, bars.base["mixer"], fed.get("mixer"), bars.seconds, bars.fixed
+        )
+        grads = under(grads, "mixer")
+        if self._seen:
+            both = np.concatenate([fed[name] for name in self._seen])
+            grads |= weight_vjp("bc_y_proj", self.weight_norm, params, both)
+        if "lambda" in self.hidden:
+            grads |= weight_vjp("dt_y_proj", self.weight_norm, params, fed["lambda"])
+        return grads | self._rates_vjp(params, bars), x_bar + bars.v
+
+    def _forward(self, params: Params, x: Array, record: Record, *, keep: bool) -> tuple[Array, Pullback]:
+        lead = x.shape[:-2]
+        out, pullback, _ = self._whole(params, x, self.initial_state(lead, x.dtype), record, keep=keep)
+        return out, pullback
+
+    def prefill(
+        self, params: Params, x: Array, state: State | None = None, *, record: Record = None
+    ) -> tuple[Array, State]:
+        """Evaluate the layer, from a state if one is given, and return the state to go on from.
+
+        Parameters
+        ----------
+        params : dict of arrays
+        x : ndarray (..., T, d_model)
+        state : dict of arrays, optional
+            From :meth:`initial_state`, :meth:`step` or this method.
+        record : list, optional
+            Receives the :class:`fpnumba.Solution`.
+
+        Returns
+        -------
+        y : ndarray (..., T, d_model)
+        state : dict of arrays
+        """
+        state = self.initial_state(x.shape[:-2], x.dtype) if state is None else state
+        out, _, ended = self._whole(params, x, state, record, keep=False)
+        return out, ended()
+
+    def _whole(
+        self, params: Params, x: Array, state: State, record: Record, *, keep: bool
+    ) -> tuple[Array, Pullback, Callable[[], State]]:
+        self._check_input(x)
+        lead, steps = x.shape[:-2], x.shape[-2]
+        count = math.prod(lead)
+        window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
+        front = self._front(params, np.ascontiguousarray(x).reshape(count, steps, self.d_model), window)
+        folded = self._fold(params, x.dtype)
+        cell = self._cell(params, folded, front, state)
+        found, after = self._solve(cell, keep=keep)
+        self._tell(found.solution, record, lead)
+        y, gated, opened, z = found.h, found.h, None, front.z
+        w_z = folded.w_z
+        if w_z is not None:
+            z = z + (rows(cell.before(y)) @ w_z.T).reshape(z.shape)
+            opened = silu(z)
+            gated = opened * y
+        flat = rows(gated)
+        out = flat @ params["out_proj.weight"].T
+        if self.bias:
+            out = out + params["out_proj.bias"]
+
+        def pullback(out_bar: Array) -> tuple[Params, Array]:
+            out_flat = rows(out_bar)
+            grads: Params = {"out_proj.weight": out_flat.T @ flat}
+            if self.bias:
+                grads["out_proj.bias"] = out_flat.sum(0)
+            y_bar = (out_flat @ params["out_proj.weight"]).reshape(y.shape)
+            z_bar = np.zeros_like(front.z)
+            if opened is not None and w_z is not None:
+                z_bar = silu_vjp(z, y_bar * y)
+                y_bar = y_bar * opened
+                w_z_bar = rows(z_bar).T @ rows(cell.before(y))
+                grads |= weight_vjp("z_y_proj", self.weight_norm, params, w_z_bar)
+                y_bar[:, :-1] += (rows(z_bar) @ w_z).reshape(y.shape)[:, 1:]
+            bars, _ = self._pull(cell, found, y_bar)
+            if bars.gate is not None:
+                z_bar = z_bar + silu_vjp(front.z, bars.gate)
+            inner_grads, x_bar = self._cell_vjp(params, front, cell, bars)
+            front_grads, input_bar = front.pull(x_bar, z_bar, bars.base)
+            grads |= inner_grads | front_grads
+            return {name: grads[name] for name in params}, input_bar.reshape(x.shape)
+
+        def ended() -> State:
+            last = after if after is not None else cell.carry(y) if steps else cell.initial
+            return self._state(lead, last, front)
+
+        return out.reshape(*lead, steps, self.d_model), pullback, ended
+
+    def _state(self, lead: tuple[int, ...], last: tuple[Array, Array], front: Front) -> State:
+        y, H = last
+        state = {"y": y.reshape(*lead, self.d_inner), "H": H.reshape(*lead, self.d_inner, self.d_state)}
+        if front.window is not None:
+            state["conv"] = front.window.reshape(*lead, *front.window.shape[-2:])
+        return state
+
+    # --- the recurrence ------------------------------------------------------------------------------------
+
+    def _solve(self, cell: MatrixCell, *, keep: bool) -> tuple[Solve, tuple[Array, Array] | None]:
+        """What was found, and what to go on from where that is known."""
+        solver, way = self._solver(), ways.way(self.solver, self.map)
+        if way == "sequential":
+            return matrix_ways.solve_sequential(cell, solver, keep=keep)
+        if way == "parallel":
+            found = ways.solve_parallel(cell, solver, further=self.n_backwards)
+        else:
+            found = ways.solve_chunked(cell, solver)
+        return found, None
+
+    def _pull(self, cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solution | None]:
+        adjoint = self.adjoint
+        if adjoint.method == "one-step":
+            return ways.pull_chain(cell, found, y_bar), None
+        if adjoint.method == "neumann":
+            return ways.pull_neumann(cell, found.h, y_bar, adjoint.terms or 0), None
+        bars, solution = matrix_ways.pull_sequential(cell, found, y_bar, adjoint)
+        report(f"adjoint of {type(self).__name__}", solution, adjoint.on_failure)
+        return bars, solution
+
+    # --- one step at a time --------------------------------------------------------------------------------
+
+    def initial_state(self, batch: tuple[int, ...] = (), dtype: DTypeLike = np.float32) -> State:
+        """The state before the first step.
+
+        Parameters
+        ----------
+        batch : tuple of int
+            Leading axes.
+        dtype : dtype
+
+        Returns
+        -------
+        dict of arrays
+            ``y (*batch, d_inner)``, ``H (*batch, d_inner, d_state)``, and the window ``conv`` of the convolution.
+        """
+        state = {
+            "y": np.zeros((*batch, self.d_inner), dtype),
+            "H": np.zeros((*batch, self.d_inner, self.d_state), dtype),
+        }
+        conv = self._conv()
+        if conv is not None:
+            state["conv"] = conv.initial_state(batch, dtype)
+        return state
+
+    def step(self, params: Params, x: Array, state: State) -> tuple[Array, State]:
+        """One step of decoding, at a cost that does not grow.
+
+        Solves the step's own fixed point; equal to the call over a whole sequence to the tolerance of the solver.
+
+        Parameters
+        ----------
+        params : dict of arrays
+        x : ndarray (..., d_model)
+        state : dict of arrays
+            From :meth:`initial_state`, :meth:`prefill` or the step before.
+
+        Returns
+        -------
+        y : ndarray (..., d_model)
+        state : dict of arrays
+        """
+        lead = x.shape[:-1]
+        count = math.prod(lead)
+        window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
+        front = self._front(params, np.ascontiguousarray(x).reshape(count, 1, self.d_model), window)
+        folded = self._folded(params, x.dtype)
+        cell = self._cell(params, folded, front, state)
+        found, (y, last) = matrix_ways.solve_sequential(cell, self.solver, keep=False)
+        report(f"{type(self).__name__}.step", found.solution, self.solver.on_failure)
+        gated = y
+        if folded.w_z is not None:
+            gated = silu(front.z[:, 0] + cell.initial[0] @ folded.w_z.T) * y
+        out = gated @ params["out_proj.weight"].T
+        if self.bias:
+            out = out + params["out_proj.bias"]
+        return out.reshape(*lead, self.d_model), self._state(lead, (y, last), front)
+
+
+def convolved(
+    conv: ShortConv | None, params: Params, x: Array, window: Array | None
+) -> tuple[Array, Array | None, Pullback | None]:
+    """The short convolution after a window of earlier inputs, the next window, and the adjoint."""
+    if conv is None or window is None:
+        return x, None, None
+    past = np.concatenate([window, x], axis=1)
+    y, pull = conv.vjp(params, past)
+    width = window.shape[1]
+
+    def pullback(y_bar: Array) -> tuple[Params, Array]:
+        whole = np.concatenate([np.zeros_like(window), y_bar], axis=1)
+        grads, past_bar = pull(whole)
+        return grads, past_bar[:, width:]
+
+    after = past[:, past.shape[1] - width :]
+    return np.ascontiguousarray(y[:, width:]), np.ascontiguousarray(after), pullback

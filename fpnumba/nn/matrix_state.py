@@ -1,0 +1,393 @@
+"""The recurrence inside :class:`fpnumba.nn.FPMamba`: (M) of section 5 of docs/mathematics.md with parameters that
+may see the hidden state.
+
+For each of "mixer", "b", "c" and "lambda", an argument that is linear in the step before,
+
+    p_t = F x_t + V y_{t-1}                             (the second term where it may see y)
+
+and from it the mixer ``Q_t``, ``b_t`` and ``c_t`` (normalised), and ``delta_t = softplus(W p_t + bias)``. Given
+those, (M) is what :mod:`fpnumba.reference.mamba` solves. :class:`MatrixCell` has what
+:class:`fpnumba.nn.recurrence.Cell` has, so that :mod:`fpnumba.nn.ways` serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpnumba.arrays import host_room
+from fpnumba.nn import mixer_kernels, mixing
+from fpnumba.nn.basic import rows
+from fpnumba.nn.mixer_maps import MixerMap
+from fpnumba.nn.mixing import Mixer
+from fpnumba.nn.projections import Weights
+from fpnumba.reference import mamba as plain
+from fpnumba.reference import products
+from fpnumba.reference.mamba import Bars as SystemBars
+from fpnumba.reference.mamba import Norm, System
+from fpnumba.solve import Solver
+
+Array = NDArray[Any]
+
+# In the order in which the rows of all V stand in one matrix.
+SEGMENTS = ("mixer", "b", "c", "lambda")
+
+# Steps that are made at once where the states between them are needed.
+SPAN = 16
+
+
+@dataclass
+class Steps:
+    """From arguments to ``delta``: ``softplus(W p + bias)``, ``weight`` None for the identity."""
+
+    weight: Array | None
+    bias: Array
+
+    def delta(self, argument: Array) -> Array:
+        """``delta (B, T, D)`` or ``(B, T, H)``."""
+        raw = argument if self.weight is None else argument @ self.weight.T
+        delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
+        return delta
+
+
+@dataclass
+class MatrixCell:
+    """Everything that a solve of one call needs.
+
+    Attributes
+    ----------
+    map : MixerMap
+    weights : Weights
+        The stack of linear maps behind the mixer.
+    base : dict of ndarray (B, T, n)
+        ``F x`` (and a bias) for every segment, which no iteration changes.
+    feedback : dict of ndarray (n, D)
+        ``V`` of the segments that see the hidden state.
+    v : ndarray (B, T, D)
+        ``x`` of (M).
+    A, skip, gate, norm
+        As in :class:`fpnumba.reference.mamba.System`.
+    steps : Steps
+    bc_eps : float or None
+        Of the normalisation of ``b`` and ``c``; None for none.
+    initial : tuple of ndarray
+        ``y_0 (B, D)`` and ``H_0 (B, D, N)``.
+    fixed : Mixer or None
+        A mixer that is given, instead of ``map``.
+    """
+
+    map: MixerMap
+    weights: Weights
+    base: dict[str, Array]
+    feedback: dict[str, Array]
+    v: Array
+    A: Array
+    skip: Array
+    gate: Array | None
+    norm: Norm
+    steps: Steps
+    bc_eps: float | None
+    initial: tuple[Array, Array]
+    fixed: Mixer | None = None
+    # what does not see the hidden state, once it is made
+    ready: dict[str, Any] = field(default_factory=dict)
+    stacked: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.stacked is None and self.feedback:
+            parts = [self.feedback[name] for name in SEGMENTS if name in self.feedback]
+            self.stacked = np.ascontiguousarray(np.concatenate(parts))
+
+    def part(self, steps: slice, initial: tuple[Array, Array]) -> MatrixCell:
+        """The same recurrence over some of the steps."""
+
+        def cut(array: Array) -> Array:
+            return np.ascontiguousarray(array[:, steps])
+
+        gate = None if self.gate is None else cut(self.gate)
+        base = {name: cut(array) for name, array in self.base.items()}
+        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready={})
+
+    def before(self, y: Array) -> Array:
+        """``y_{t-1}`` for every ``t``."""
+        return np.concatenate([self.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
+
+    def finite(self, b: int) -> bool:
+        """Whether the inputs of one sequence are finite."""
+        seen = [*self.base.values(), self.v, *self.initial, *([] if self.gate is None else [self.gate])]
+        return all(bool(np.isfinite(array[b]).all()) for array in seen)
+
+    def share(self) -> float:
+        """The part of the tolerance that one of ``T`` steps may use up.
+
+        A bound of what one step leaves to the next is not at hand, so all steps share.
+        """
+        return 0.5 / float(max(self.v.shape[1], 1))
+
+    def carry(self, y: Array) -> tuple[Array, Array]:
+        """What the steps after these start from."""
+        return np.ascontiguousarray(y[:, -1]), self.states(self.mix(y), y, self.initial[1])
+
+    @staticmethod
+    def states(made: MatrixMade, y: Array, state: Array) -> Array:
+        """The state after the steps of `made`."""
+        s = made.system
+        u = mixing.apply(made.mixer, s.x - y) + y
+        last: Array = host_room().scan.selective_scan(u, s.delta, s.A, s.B, s.C, None, state)[1]
+        return last
+
+    def settle(self, y: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
+        """Solve every step from zero, its past being that of ``y``, and compare.
+
+        From the first step on that ends elsewhere, a sequence goes on from what was found.
+        """
+        batch, steps, dim = y.shape
+        start, state = y.copy(), self.initial
+        left = np.zeros(batch, bool)
+        options = {"rtol": solver.rtol, "atol": solver.atol, "max_iter": solver.max_iter}
+        for begin in range(0, steps, SPAN):
+            here = self.part(slice(begin, begin + SPAN), state)
+            now = np.ascontiguousarray(y[:, begin : begin + SPAN])
+            made = here.mix(now)
+            pasts, past = [], state[1]
+            for t in range(now.shape[1]):
+                pasts.append(past)
+                past = self.states(made.at(t), np.ascontiguousarray(now[:, t : t + 1]), past)
+            state = (now[:, -1], past)
+            alone = made.alone()
+            each = np.stack(pasts, axis=1).reshape(-1, dim, past.shape[-1])
+            found = doors(made.mixer[0]).solve(alone, each, damping=solver.damping, **options)
+            own = found.value.reshape(now.shape)
+            size = np.abs(now).max(-1, initial=0.0)
+            gap = np.abs(own - now).max(-1, initial=0.0)
+            # two fixed points are much further apart than two approximations of one
+            other = (gap > (1e-3 + 1e2 * solver.rtol) * size) & (found.status.reshape(gap.shape) == 0)
+            other &= converged[:, None]
+            left = left[:, None] | np.logical_or.accumulate(other, axis=1)
+            start[:, begin : begin + SPAN][left] = own[left]
+            left = left[:, -1]
+        return start if left.any() else None
+
+    def arguments(self, y: Array) -> dict[str, Array]:
+        """``p`` of every segment from a previous iterate."""
+        arguments = dict(self.base)
+        if self.stacked is None:
+            return arguments
+        more, at = rows(self.before(y)) @ self.stacked.T, 0
+        for name in SEGMENTS:
+            if name in self.feedback:
+                size = len(self.feedback[name])
+                shape = self.base[name].shape
+                arguments[name] = self.base[name] + more[:, at : at + size].reshape(shape)
+                at += size
+        return arguments
+
+    def mix(self, y: Array) -> MatrixMade:
+        """The parameters of all steps from a previous iterate."""
+        arguments = self.arguments(y)
+        mixer, a, kept = self._once("mixer", lambda: self._mixer(arguments["mixer"]))
+        b, b_norm = self._once("b", lambda: self._direction(arguments["b"]))
+        c, c_norm = self._once("c", lambda: self._direction(arguments["c"]))
+        delta = self._once("lambda", lambda: self.steps.delta(arguments["lambda"]))
+        system = System(mixer[0], mixer[1], self.v, delta, self.A, b, c, self.skip, self.gate, self.norm)
+        return MatrixMade(mixer, system, arguments, a, kept, b_norm, c_norm)
+
+    def _once(self, name: str, make: Any) -> Any:
+        if name in self.feedback:
+            return make()
+        if name not in self.ready:
+            self.ready[name] = make()
+        return self.ready[name]
+
+    def _mixer(self, argument: Array) -> tuple[Mixer, Array | None, Any]:
+        if self.fixed is not None:
+            return self.fixed, None, None
+        a = self.weights.expand(argument)
+        mixer, kept = self.map.build(a)
+        return mixer, a, kept
+
+    def _direction(self, argument: Array) -> tuple[Array, Array]:
+        flat = rows(argument)
+        norm = np.ones(len(flat), flat.dtype)
+        if self.bc_eps is None:
+            return argument, norm
+        out = np.empty_like(flat)
+        mixer_kernels.normalize(flat, self.bc_eps, out, norm)
+        return out.reshape(argument.shape), norm
+
+    def iterate(self, y: Array) -> Array:
+        """One application of the whole map."""
+        new: Array = host_room().mamba.iterate(self.mix(y).system, self.initial[1], y)
+        return new
+
+    def bars(self) -> MatrixBars:
+        """Cotangents of all of this, none of anything yet."""
+        return MatrixBars.zeros(self)
+
+
+@dataclass
+class MatrixMade:
+    """The parameters of some steps, and from what they were made."""
+
+    mixer: Mixer
+    system: System
+    arguments: dict[str, Array]
+    a: Array | None
+    kept: Any
+    b_norm: Array
+    c_norm: Array
+
+    def at(self, t: int) -> MatrixMade:
+        """One of the steps, for a solve."""
+
+        def cut(array: Array) -> Array:
+            return np.ascontiguousarray(array[:, t : t + 1])
+
+        s, (kind, params) = self.system, self.mixer
+        mixer = (kind, whole(kind, products.at_steps(kind, params, slice(t, t + 1), 1)))
+        gate = None if s.gate is None else cut(s.gate)
+        system = System(
+            mixer[0], mixer[1], cut(s.x), cut(s.delta), s.A, cut(s.B), cut(s.C), s.skip, gate, s.norm
+        )
+        return replace(self, mixer=mixer, system=system)
+
+    def alone(self) -> System:
+        """Every step as a sequence of its own."""
+
+        def alone(array: Array) -> Array:
+            return array.reshape(-1, 1, *array.shape[2:])
+
+        def params(kind: Any, given: Any) -> Any:
+            if kind == "mixture":
+                return [(one, params(one, theirs)) for one, theirs in given]
+            return given if kind == "fixed" else tuple(alone(p) for p in given)
+
+        s, (kind, given) = self.system, self.mixer
+        gate = None if s.gate is None else alone(s.gate)
+        return System(
+            kind,
+            params(kind, given),
+            alone(s.x),
+            alone(s.delta),
+            s.A,
+            alone(s.B),
+            alone(s.C),
+            s.skip,
+            gate,
+            s.norm,
+        )
+
+
+def whole(kind: Any, params: Any) -> Any:
+    """The same parameters, contiguous."""
+    if kind == "mixture":
+        return [(one, whole(one, theirs)) for one, theirs in params]
+    return tuple(np.ascontiguousarray(p) for p in params)
+
+
+def doors(kind: Any) -> Any:
+    """The doors that solve a step with this mixer."""
+    return plain if kind == "mixture" else host_room().mamba
+
+
+@dataclass
+class MatrixBars:
+    """Cotangents, added up over the applications or the steps that are differentiated; by the names of
+    :class:`MatrixCell`, with ``stacked`` that of all ``V``."""
+
+    cell: MatrixCell
+    base: dict[str, Array]
+    v: Array
+    A: Array
+    skip: Array
+    gate: Array | None
+    norm_weight: Array
+    norm_bias: Array | None
+    step_weight: Array | None
+    step_bias: Array
+    stacked: Array | None
+    seconds: Weights
+    fixed: Array | None = None
+
+    @classmethod
+    def zeros(cls, cell: MatrixCell) -> MatrixBars:
+        """None of anything yet."""
+
+        def zero(array: Array | None) -> Any:
+            return None if array is None else np.zeros_like(array)
+
+        base = {name: zero(array) for name, array in cell.base.items()}
+        return cls(
+            cell,
+            base,
+            v=zero(cell.v),
+            A=zero(cell.A),
+            skip=zero(cell.skip),
+            gate=zero(cell.gate),
+            norm_weight=zero(cell.norm.weight),
+            norm_bias=zero(cell.norm.bias),
+            step_weight=zero(cell.steps.weight),
+            step_bias=zero(cell.steps.bias),
+            stacked=zero(cell.stacked),
+            seconds=cell.weights.zeros(),
+        )
+
+    def absorb(self, made: MatrixMade, bars: SystemBars, at: slice) -> Array | None:
+        """Add the cotangents of a system over the steps `at`; return those of what ``V`` gave, ``(B, ., n)``."""
+        cell = self.cell
+        self.v[:, at] += bars.x
+        self.A += bars.A
+        self.skip += bars.skip
+        if self.gate is not None:
+            self.gate[:, at] += bars.gate
+        self.norm_weight += bars.weight
+        if self.norm_bias is not None:
+            self.norm_bias += bars.bias
+        found: dict[str, Array] = {}
+        if made.a is None:
+            (q_bar,) = bars.params
+            self.fixed = q_bar if self.fixed is None else self.fixed + q_bar
+        else:
+            abar = cell.map.build_vjp(made.a, made.kept, bars.params)
+            found["mixer"] = cell.weights.expand_vjp(made.arguments["mixer"], abar, self.seconds)
+        found["b"] = self._direction(made.system.B, made.b_norm, bars.B)
+        found["c"] = self._direction(made.system.C, made.c_norm, bars.C)
+        # the derivative of softplus, from its value
+        raw_bar = -np.expm1(-made.system.delta) * bars.delta
+        self.step_bias += rows(raw_bar).sum(0)
+        weight = cell.steps.weight
+        if weight is not None and self.step_weight is not None:
+            self.step_weight += rows(raw_bar).T @ rows(made.arguments["lambda"])
+            raw_bar = raw_bar @ weight
+        found["lambda"] = raw_bar
+        for name, bar in found.items():
+            self.base[name][:, at] += bar
+        seen = [found[name] for name in SEGMENTS if name in cell.feedback]
+        return np.concatenate(seen, axis=-1) if seen else None
+
+    def _direction(self, out: Array, norm: Array, out_bar: Array) -> Array:
+        eps = self.cell.bc_eps
+        if eps is None:
+            return out_bar
+        bar = np.empty_like(rows(out))
+        mixer_kernels.normalize_vjp(rows(out), norm, eps, rows(out_bar), bar)
+        return bar.reshape(out.shape)
+
+    def application(
+        self, made: MatrixMade, h: Array, new: Array, new_bar: Array, *, through: bool
+    ) -> Array | None:
+        """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
+        cell = self.cell
+        bars = host_room().mamba.application_vjp(made.system, cell.initial[1], h, new_bar)
+        fed_bar = self.absorb(made, bars, slice(None))
+        if fed_bar is not None and self.stacked is not None:
+            self.stacked += rows(fed_bar).T @ rows(cell.before(h))
+        if not through:
+            return None
+        h_bar: Array = bars.y
+        if fed_bar is not None and cell.stacked is not None:
+            h_bar[:, :-1] += (rows(fed_bar) @ cell.stacked).reshape(h_bar.shape)[:, 1:]
+        return h_bar

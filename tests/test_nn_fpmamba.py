@@ -1,0 +1,149 @@
+"""The FP-Mamba layers: all ways agree, gradients are exact, decoding equals the whole; golden cases."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from derivatives import slopes_and_gradients
+
+import fpnumba as fp
+from fpnumba import nn
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("fpmamba_*.npz"))
+TIGHT = {"rtol": 1e-12, "max_iter": 4000}
+MIXERS = [
+    ("householder", 1),
+    ("householder", 3),
+    ("dplr", 2),
+    ("kronecker", 1),
+    ("monarch", 2),
+    ("dense", 1),
+    ("fixed", 1),
+    ("mixture", 2),
+]
+ALL = pytest.mark.parametrize(("mixer", "rank"), MIXERS)
+EVERYTHING = ("lambda", "mixer", "b", "c")
+
+
+def build(mixer, rank, *, solver=None, adjoint=None, seed=1, **options):
+    """A layer that solves tightly, and parameters at which every mixer's iteration converges.
+
+    The norm stretches what the mixer leaves, so the vectors that drive the iteration are made large.
+    """
+    layer = nn.FPMamba(
+        4,
+        mixer=mixer,
+        rank=rank,
+        solver=solver or fp.Solver(**TIGHT),
+        adjoint=adjoint or fp.Adjoint(**TIGHT),
+        **{"expand": 1, "d_state": 3, "alpha_max": 1.0, "hidden": EVERYTHING} | options,
+    )
+    params = layer.init(np.random.default_rng(seed), np.float64)
+    params["in_proj.weight"] *= 6
+    params["dt_proj.bias"] += 3
+    if mixer == "fixed":
+        params[f"mixer.{layer.map.name}"] *= 0.1
+    return layer, params
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("room", ["reference", "cpu"])
+def test_golden(path, room):
+    data = np.load(path, allow_pickle=False)
+    meta = json.loads(bytes(data["meta"]))
+    state = {name[6:]: data[name] for name in data.files if name.startswith("param.")}
+    layer, params = fp.nn.from_official(meta, state)
+    record = []
+    with fp.arrays.use_room(room):
+        y, pullback = fp.vjp(layer, params, data["in.x"], record=record)
+        params_bar, x_bar = pullback(data["cot.y"])
+    np.testing.assert_allclose(y, data["out.y"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(x_bar, data["grad1.x"], rtol=0, atol=1e-12)
+    # its counter is one high
+    assert record[0].iterations.max() == meta["iterations"][0] - 1
+    assert set(params_bar) == set(params)
+    for name, bar in params_bar.items():
+        # these it keeps in single precision, gradients as well
+        atol = 1e-6 if name in ("A_log", "D", "dt_proj.bias") else 1e-11
+        np.testing.assert_allclose(bar, data[f"grad1.{name}"], rtol=1e-10, atol=atol)
+
+
+@ALL
+@pytest.mark.parametrize("hidden", [EVERYTHING, ()], ids=["hidden", "input only"])
+def test_all_ways_agree_and_decoding_too(mixer, rank, hidden, rng):
+    layer, params = build(mixer, rank, hidden=hidden, short_conv=3 if hidden else None)
+    x = rng.standard_normal((2, 6, 4))
+    with fp.arrays.use_room("reference"):
+        y = layer(params, x)
+        for method, chunk in (("parallel", None), ("chunked", 1), ("chunked", 4), ("sequential", None)):
+            layer.solver = fp.Solver(method, chunk=chunk, **TIGHT)
+            record = []
+            np.testing.assert_allclose(layer(params, x, record=record), y, rtol=0, atol=1e-9)
+            assert record[0].converged.all()
+            assert record[0].value.shape == (2, 6, 4)
+        # some steps at once, the others one by one, through a file in between
+        first, state = layer.prefill(params, x[:, :2])
+        middle, state = layer.prefill(params, x[:, 2:4], state)
+        buffer = io.BytesIO()
+        np.savez(buffer, **state)
+        buffer.seek(0)
+        state, steps = dict(np.load(buffer)), [first, middle]
+        sizes = {n: s.shape for n, s in state.items()}
+        for t in (4, 5):
+            now, state = layer.step(params, x[:, t], state)
+            steps.append(now[:, None])
+    np.testing.assert_allclose(np.concatenate(steps, 1), y, rtol=0, atol=1e-9)
+    assert {n: s.shape for n, s in state.items()} == sizes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ways_agree_where_a_step_has_several_fixed_points(seed):
+    layer = nn.FPMamba(4, d_state=4, solver=fp.Solver(rtol=1e-10, max_iter=4000))
+    params = layer.init(np.random.default_rng(seed), np.float64)
+    x = np.random.default_rng(100 + seed).standard_normal((4, 10, 4))
+    with fp.arrays.use_room("reference"):
+        y = layer(params, x)
+        for solver in (fp.Solver("parallel", **TIGHT), fp.Solver("chunked", chunk=4, **TIGHT)):
+            layer.solver = solver
+            np.testing.assert_allclose(layer(params, x), y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "rank", "options"),
+    [
+        ("householder", 1, {}),
+        ("householder", 2, {"symmetric": True, "projection_rank": 3, "gate": "inside"}),
+        ("dplr", 2, {"short_conv": 2, "weight_norm": False, "gate": "both"}),
+        ("dplr", 1, {"hidden": ("c",), "bias": True}),
+        ("kronecker", 1, {"hidden": ("mixer", "b")}),
+        ("kronecker", 1, {"symmetric": True, "projection_rank": 3, "normalization": "rows"}),
+        ("monarch", 2, {"bc_norm": False}),
+        ("dense", 1, {"hidden": ("lambda",)}),
+        ("fixed", 1, {"hidden": EVERYTHING}),
+        ("mixture", 2, {"dt_rank": 2}),
+    ],
+)
+def test_exact_gradient(mixer, rank, options, rng):
+    layer, params = build(mixer, rank, **options)
+    with fp.arrays.use_room("reference"):
+        pairs = slopes_and_gradients(layer, params, rng.standard_normal((2, 3, 4)), rng)
+        for name, slope, gradient in pairs:
+            assert gradient == pytest.approx(slope, rel=2e-6, abs=1e-7), name
+
+
+@ALL
+def test_exact_gradient_is_the_limit_of_the_series(mixer, rank, rng):
+    layer, params = build(mixer, rank, short_conv=2)
+    x, y_bar = rng.standard_normal((2, 2, 4, 4))
+    with fp.arrays.use_room("reference"):
+        exact_bar, exact_x = layer.vjp(params, x)[1](y_bar)
+        layer.adjoint = fp.Adjoint("neumann", terms=2000 if mixer == "dense" else 200)
+        series_bar, series_x = layer.vjp(params, x)[1](y_bar)
+        np.testing.assert_allclose(series_x, exact_x, rtol=0, atol=1e-8)
+        for name, bar in exact_bar.items():
+            np.testing.assert_allclose(series_bar[name], bar, rtol=0, atol=1e-8 * (1 + np.abs(bar).max()))
+        layer.adjoint = fp.Adjoint("one-step")
+        _, one_x = layer.vjp(params, x)[1](y_bar)
+    assert np.abs(one_x - exact_x).max() > 1e-6
