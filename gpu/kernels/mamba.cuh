@@ -1,0 +1,131 @@
+// One step of FP-Mamba with a mixer of low rank, by a block; sections 5 and 6 of docs/mathematics.md.
+//
+// P = U^T S U, so the step sees y only through the RANK numbers sigma = U y. With tau = S (sigma - U x),
+// p = gate (r + w x) and q_i = gate w u_i,
+//
+//     v = p + sum_i tau_i q_i,   U norm(v) = (e + G tau) / sqrt(var(p) + 2 cov(p, q) tau + tau^T cov(q, q) tau + eps) + f,
+//
+// and after two rounds of sums over the channels an iteration is some arithmetic on RANK numbers, which one warp does.
+//
+// Channel d belongs to thread d % THREADS. The state of a step passes through memory.
+//
+// Macros: STORE; RANK; PRODUCT (Householder) 0 or 1; MODE of the norm: 0 none, 1 mean square, 2 centred; GATED, HEADS 0
+// or 1; THREADS; CHANNELS of a thread; STATES, the most that N may be.
+#pragma once
+#include "sums.cuh"
+
+constexpr int R = RANK, GRAM = PRODUCT ? R * (R - 1) / 2 : 0, PAIRS = R * (R + 1) / 2;
+
+__device__ constexpr int below(int i, int k) { return i * (i - 1) / 2 + k; }            // i > k
+__device__ constexpr int pair(int i, int k) { return i >= k ? i * (i + 1) / 2 + k : k * (k + 1) / 2 + i; }
+
+__device__ __forceinline__ float exponential(float v) { return expf(v); }
+__device__ __forceinline__ double exponential(double v) { return exp(v); }
+__device__ __forceinline__ real inverse_root(real v) { return 1 / sqrt(v); }
+
+// Where NaN stays.
+__device__ __forceinline__ real most(real a, real b) { return a != a || a >= b ? a : b; }
+
+// S of P = U^T S U, from the inner products of the u below the diagonal.
+__device__ __forceinline__ void strengths(const real* gram, const store* alpha, real (&S)[R][R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i)
+#pragma unroll
+    for (int j = 0; j < R; ++j) S[i][j] = i == j;
+  if constexpr (PRODUCT) {
+#pragma unroll
+    for (int i = 1; i < R; ++i)
+#pragma unroll
+      for (int k = 0; k < i; ++k) {
+        const real factor = gram[below(i, k)] * widen(alpha[k]);
+#pragma unroll
+        for (int j = 0; j <= k; ++j) S[i][j] -= factor * S[k][j];
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < R; ++i)
+#pragma unroll
+    for (int j = 0; j < R; ++j) S[i][j] *= widen(alpha[i]);
+}
+
+__device__ __forceinline__ void times(const real (&S)[R][R], const real (&x)[R], real (&out)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    out[i] = 0;
+#pragma unroll
+    for (int j = 0; j < R; ++j) out[i] += S[i][j] * x[j];
+  }
+}
+
+__device__ __forceinline__ void times_transposed(const real (&S)[R][R], const real (&x)[R], real (&out)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    out[i] = 0;
+#pragma unroll
+    for (int j = 0; j < R; ++j) out[i] += S[j][i] * x[j];
+  }
+}
+
+// m x = b in place, b in x, by elimination with row pivots.
+__device__ __forceinline__ void eliminate(real (&m)[R][R], real (&x)[R]) {
+#pragma unroll
+  for (int k = 0; k < R; ++k) {
+#pragma unroll
+    for (int i = k + 1; i < R; ++i)  // the largest of the column comes up by exchanges
+      if (magnitude(m[i][k]) > magnitude(m[k][k])) {
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+          const real other = m[i][j];
+          m[i][j] = m[k][j];
+          m[k][j] = other;
+        }
+        const real other = x[i];
+        x[i] = x[k];
+        x[k] = other;
+      }
+#pragma unroll
+    for (int i = k + 1; i < R; ++i) {
+      const real factor = m[i][k] / m[k][k];
+#pragma unroll
+      for (int j = k + 1; j < R; ++j) m[i][j] -= factor * m[k][j];
+      x[i] -= factor * x[k];
+    }
+  }
+#pragma unroll
+  for (int k = R - 1; k >= 0; --k) {
+#pragma unroll
+    for (int j = k + 1; j < R; ++j) x[k] -= m[k][j] * x[j];
+    x[k] /= m[k][k];
+  }
+}
+
+// The arrays of a step that a thread of either kernel looks at, for one sequence and step.
+struct Inputs {
+  const store *u, *x, *delta, *A, *gate;
+  int dim, size, heads;
+
+  __device__ real vector(int i, int d) const { return widen(u[(i64)i * dim + d]); }
+  __device__ real step(int d) const { return widen(delta[HEADS ? d / (dim / heads) : d]); }
+  __device__ real rate(int d, int n) const { return widen(A[HEADS ? d / (dim / heads) : d * size + n]); }
+  __device__ real opening(int d) const { return GATED ? widen(gate[d]) : (real)1; }
+};
+
+// The largest of two numbers over the block, in every thread; NaN stays. `room` has two a warp.
+__device__ __forceinline__ void block_most(real& a, real& b, real* room) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int reach = 16; reach > 0; reach /= 2) {
+    a = most(a, __shfl_xor_sync(EVERY_LANE, a, reach));
+    b = most(b, __shfl_xor_sync(EVERY_LANE, b, reach));
+  }
+  if (lane == 0) {
+    room[2 * warp] = a;
+    room[2 * warp + 1] = b;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; ++w) {
+    a = most(a, room[2 * w]);
+    b = most(b, room[2 * w + 1]);
+  }
+}

@@ -1,0 +1,222 @@
+// The adjoint of one step of FP-Mamba with a mixer of low rank; section 6 of docs/mathematics.md, see mamba.cuh.
+//
+// With G the cotangent of H_t that later steps left, J the Jacobian of the step's map and N that of its norm,
+//
+//     z = y_bar + P^T (delta * G B) + J^T z = right + U^T k,   k = S^T U (gate w * N^T z),
+//
+// a system of RANK numbers. N^T is linear in sums over the channels, so that one round of sums gives N^T of `right` and
+// of each u_i, and all inner products of them. Then the step is differentiated once, with z for the cotangent of y_t.
+//
+// Block k takes the sequences k, k + blocks, ... and adds up in registers what all of them share. Memory traffic: rows
+// and u once, H_{t-1} and G twice (the second time from the caches), the new G once.
+#include "mamba.cuh"
+
+// As in mamba_solve.cu, one step; past, G, before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar,
+// gate_bar, delta_bar (B, D), the last for each channel whatever HEADS; B_bar, C_bar (B, N); of each block rate_bar (blocks,
+// D, N), with HEADS (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D).
+extern "C" __global__ void __launch_bounds__(THREADS)
+mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
+           const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
+           const store* y, const store* y_bar, i64 batch, int dim, int size, int heads, double eps, store* before,
+           store* z, store* u_bar, store* gate_bar, store* delta_bar, store* B_bar, store* C_bar, store* rate_bar,
+           store* skip_bar, store* weight_bar, store* bias_bar) {
+  constexpr int FIRST = 2 * R + GRAM;
+  // var; of `right` and each u: sums with the weight, and with v too; through: right, pairs, u, u v
+  constexpr int WITH = 1, ALONG = WITH + R + 1, RIGHT = ALONG + R + 1, BOTH = RIGHT + R, PLAIN = BOTH + PAIRS,
+                NORMAL = PLAIN + R, SECOND = NORMAL + R;
+  constexpr int RATES = HEADS ? 1 : STATES;
+  SHARED(memory);
+  real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size;  // tau, S^T U later, k
+  real *first = told + 3 * R, *middle_room = first + sums_size<FIRST, THREADS>();
+  real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
+  const real channels = (real)dim;
+  real rates[CHANNELS][RATES] = {}, skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
+  for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
+    const Inputs in = {u + b * R * dim, x + b * dim, delta + b * (HEADS ? heads : dim), A,
+                       GATED ? gate + b * dim : nullptr, dim, size, heads};
+    __syncthreads();  // nobody is at the sequence before
+    for (int n = threadIdx.x; n < size; n += THREADS) {
+      rowB[n] = widen(B[b * size + n]);
+      rowC[n] = widen(C[b * size + n]);
+    }
+    __syncthreads();
+    real bc = 0;
+    for (int n = 0; n < size; ++n) bc += rowB[n] * rowC[n];
+    real r[CHANNELS], later[CHANNELS], s1[FIRST] = {};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      r[c] = later[c] = 0;
+      if (d < dim) {
+        const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[b * dim + d]);
+        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
+        const i64 at = (b * dim + d) * size;
+        for (int n = 0; n < size; ++n) {
+          r[c] += widen(past[at + n]) * (HEADS ? whole : exponential(dt * in.rate(d, n))) * rowC[n];
+          later[c] += widen(G[at + n]) * rowB[n];
+        }
+        later[c] *= dt;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real ui = in.vector(i, d);
+          s1[i] += ui * gap;
+          s1[R + i] += ui * later[c];
+          if constexpr (PRODUCT)
+#pragma unroll
+            for (int k = 0; k < i; ++k) s1[2 * R + below(i, k)] += ui * in.vector(k, d);
+        }
+      }
+    }
+    const real* sums = group_sums<FIRST, THREADS>(s1, first);
+    if (threadIdx.x < 32) {
+      real S[R][R], gap[R], seen[R], tau[R], back[R];
+      strengths(sums + 2 * R, alpha + b * R, S);
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        gap[i] = sums[i];
+        seen[i] = sums[R + i];
+      }
+      times(S, gap, tau);
+      times_transposed(S, seen, back);
+      if (threadIdx.x == 0)
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          told[i] = tau[i];
+          told[R + i] = back[i];
+        }
+    }
+    __syncthreads();
+    // from here on `r` is o, and `right` what z would be without the step's own Jacobian
+    real right[CHANNELS], through[CHANNELS], mixed[CHANNELS], v[CHANNELS], total[1] = {0};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      right[c] = through[c] = mixed[c] = v[c] = 0;
+      if (d < dim) {
+        const real w = in.step(d) * bc + widen(skip[d]), g = in.opening(d);
+        mixed[c] = widen(in.x[d]);
+        right[c] = widen(y_bar[b * dim + d]);
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real ui = in.vector(i, d);
+          mixed[c] -= told[i] * ui;
+          right[c] += told[R + i] * ui;
+        }
+        r[c] += w * mixed[c];
+        v[c] = g * r[c];
+        through[c] = g * w;
+        total[0] += v[c];
+      }
+    }
+    real middle = 0;
+    if constexpr (MODE == 2) middle = group_sums<1, THREADS>(total, middle_room)[0] / channels;
+    real s2[SECOND] = {};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      if (d < dim) {
+        v[c] -= middle;
+        const real wt = widen(weight[d]), th = through[c];
+        s2[0] += v[c] * v[c];
+        s2[WITH + R] += right[c] * wt;
+        s2[ALONG + R] += right[c] * wt * v[c];
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real ui = in.vector(i, d);
+          s2[WITH + i] += ui * wt;
+          s2[ALONG + i] += ui * wt * v[c];
+          s2[RIGHT + i] += ui * th * wt * right[c];
+          s2[PLAIN + i] += ui * th;
+          s2[NORMAL + i] += ui * th * v[c];
+#pragma unroll
+          for (int k = 0; k <= i; ++k) s2[BOTH + pair(i, k)] += ui * th * wt * in.vector(k, d);
+        }
+      }
+    }
+    const real* more = group_sums<SECOND, THREADS>(s2, second);
+    const real scale = MODE ? inverse_root(more[0] / channels + (real)eps) : (real)1;
+    // N^T a = scale (weight a - mean(weight a) - v scale^2 mean(weight a v)); without a norm just weight a
+    auto mean_with = [&](int k) { return MODE == 2 ? more[WITH + k] / channels : (real)0; };
+    auto mean_along = [&](int k) { return MODE ? more[ALONG + k] / channels * scale * scale : (real)0; };
+    if (threadIdx.x < 32) {
+      real S[R][R], m[R][R], seen[R], k[R], column[R], out[R];
+      strengths(sums + 2 * R, alpha + b * R, S);
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+        seen[i] = scale * (more[RIGHT + i] - mean_with(R) * more[PLAIN + i] - mean_along(R) * more[NORMAL + i]);
+      times_transposed(S, seen, k);
+#pragma unroll
+      for (int j = 0; j < R; ++j) {
+#pragma unroll
+        for (int i = 0; i < R; ++i)
+          column[i] = scale * (more[BOTH + pair(i, j)] - mean_with(j) * more[PLAIN + i] - mean_along(j) * more[NORMAL + i]);
+        times_transposed(S, column, out);
+#pragma unroll
+        for (int i = 0; i < R; ++i) m[i][j] = (i == j) - out[i];
+      }
+      eliminate(m, k);
+      if (threadIdx.x == 0)
+#pragma unroll
+        for (int i = 0; i < R; ++i) told[2 * R + i] = k[i];
+    }
+    __syncthreads();
+    real with = mean_with(R), along = mean_along(R);
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      with += told[2 * R + i] * mean_with(i);
+      along += told[2 * R + i] * mean_along(i);
+    }
+    real s3[2 * STATES] = {};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      if (d < dim) {
+        real zd = right[c];
+#pragma unroll
+        for (int i = 0; i < R; ++i) zd += told[2 * R + i] * in.vector(i, d);
+        const real wt = widen(weight[d]), g = in.opening(d), dt = in.step(d), own = widen(skip[d]);
+        const real v_bar = scale * (zd * wt - with - v[c] * along), o_bar = g * v_bar, drive = dt * mixed[c];
+        const i64 at = (b * dim + d) * size;
+        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
+        real fed = 0, slope = 0;
+#pragma unroll
+        for (int n = 0; n < STATES; ++n)
+          if (n < size) {
+            const real rate = in.rate(d, n), decay = HEADS ? whole : exponential(dt * rate);
+            const real now = widen(past[at + n]) * decay, bar = widen(G[at + n]) + o_bar * rowC[n];
+            s3[n] += drive * bar;
+            s3[STATES + n] += o_bar * (now + drive * rowB[n]);
+            fed += bar * rowB[n];
+            slope += bar * now * rate;
+            rates[c][HEADS ? 0 : n] += bar * now * dt;
+            before[at + n] = narrow(bar * decay);
+          }
+        z[b * dim + d] = narrow(zd);
+        u_bar[b * dim + d] = narrow(own * o_bar + dt * fed);
+        delta_bar[b * dim + d] = narrow(mixed[c] * fed + slope);
+        if (GATED) gate_bar[b * dim + d] = narrow(v_bar * r[c]);
+        skips[c] += o_bar * mixed[c];
+        weights[c] += zd * v[c] * scale;
+        biases[c] += zd;
+      }
+    }
+    const real* rows = group_sums<2 * STATES, THREADS>(s3, last);
+    for (int n = threadIdx.x; n < size; n += THREADS) {
+      B_bar[b * size + n] = narrow(rows[n]);
+      C_bar[b * size + n] = narrow(rows[STATES + n]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    const int d = c * THREADS + threadIdx.x;
+    if (d < dim) {
+      const i64 at = (i64)blockIdx.x * dim + d;
+      skip_bar[at] = narrow(skips[c]);
+      weight_bar[at] = narrow(weights[c]);
+      bias_bar[at] = narrow(biases[c]);
+#pragma unroll
+      for (int n = 0; n < RATES; ++n)
+        if (HEADS || n < size) rate_bar[HEADS ? at : at * size + n] = narrow(rates[c][n]);
+    }
+  }
+}

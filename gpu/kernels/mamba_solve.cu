@@ -1,0 +1,286 @@
+// FP-Mamba with a mixer of low rank, step after step; (M) of section 5 of docs/mathematics.md, see mamba.cuh.
+//
+//     u_t = Q_t (x_t - y_t) + y_t,   H_t = exp(delta_t A) * H_{t-1} + (delta_t u_t) B_t^T,
+//     y_t = norm(gate_t (H_t C_t + D u_t))
+//
+// One block per sequence. Memory traffic of a step: its rows and u once (u again from the caches), the state read and
+// written twice, the second time from the caches.
+#include "mamba.cuh"
+
+// Once a step has been iterated so near to its end that the geometric series has less than this of its size left,
+// Newton's method may take over, and may not go much further: there may be other solutions.
+constexpr real NEAR = (real)1e-3;
+
+struct Small {
+  real e[R], f[R], pq[R], qq[PAIRS], G[R][R], pp, eps;
+
+  // One application, as seen by the RANK numbers; returns 1 / sqrt(.).
+  __device__ __forceinline__ real map(const real (&tau)[R], real (&out)[R]) const {
+    real inverse = 1;
+    if constexpr (MODE != 0) {
+      real var = pp + eps;
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        var += 2 * pq[i] * tau[i];
+#pragma unroll
+        for (int j = 0; j < R; ++j) var += tau[i] * qq[pair(i, j)] * tau[j];
+      }
+      inverse = var != var ? var : inverse_root(var > eps ? var : eps);
+    }
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      real total = e[i];
+#pragma unroll
+      for (int j = 0; j < R; ++j) total += G[i][j] * tau[j];
+      out[i] = total * inverse + f[i];
+    }
+    return inverse;
+  }
+};
+
+// From sigma = 0; `xi` is U x. Leaves tau; returns the number of iterations.
+__device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R], const real (&xi)[R], real tolerance,
+                                          i64 max_iter, real damping, real (&tau)[R]) {
+  real sigma[R], shifted[R], next[R], before = LARGEST, ratio = LARGEST, last = LARGEST;
+  bool known = false;
+  auto move = [&](const real(&from)[R], real(&to)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) shifted[i] = from[i] - xi[i];
+    times(S, shifted, to);
+  };
+#pragma unroll
+  for (int i = 0; i < R; ++i) sigma[i] = 0;
+  move(sigma, tau);
+  real inverse = of.map(tau, next);
+  for (i64 count = 1;; ++count) {
+    real moved = 0, size = 0;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      moved = most(moved, magnitude(next[i] - sigma[i]));
+      size = larger(size, larger(magnitude(next[i]), magnitude(sigma[i])));
+    }
+    const bool done = moved <= tolerance * size || count >= max_iter || !is_finite(moved);
+    if (known) {
+      last = ratio;
+      ratio = moved / before;
+    } else {
+      last = ratio;
+    }
+    known = true;
+    before = moved;
+    if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
+      // (I - F' S) jump = next - sigma
+      real jump[R], along[R], m[R][R], slope[R], far = 0;
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        along[k] = (next[k] - of.f[k]) * inverse * inverse;
+        jump[k] = next[k] - sigma[k];
+        slope[k] = of.pq[k];
+#pragma unroll
+        for (int l = 0; l < R; ++l) slope[k] += of.qq[pair(k, l)] * tau[l];
+      }
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+          real total = 0;
+#pragma unroll
+          for (int k = 0; k < R; ++k) total += (of.G[i][k] * inverse - (MODE ? along[i] * slope[k] : 0)) * S[k][j];
+          m[i][j] = (i == j) - total;
+        }
+      eliminate(m, jump);
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        far = most(far, magnitude(jump[i]));
+        jump[i] += sigma[i];
+      }
+      if (far <= 2 * NEAR * size) {
+        real there[R], reached[R], left = 0;
+        move(jump, reached);
+        const real ahead = of.map(reached, there);
+#pragma unroll
+        for (int i = 0; i < R; ++i) left = most(left, magnitude(there[i] - jump[i]));
+        if (left < (real)0.5 * moved) {
+#pragma unroll
+          for (int i = 0; i < R; ++i) {
+            sigma[i] = jump[i];
+            next[i] = there[i];
+            tau[i] = reached[i];
+          }
+          inverse = ahead;
+          known = false;
+          continue;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < R; ++i) sigma[i] = done ? next[i] : sigma[i] + damping * (next[i] - sigma[i]);
+    move(sigma, tau);
+    if (done) return count;
+    inverse = of.map(tau, next);
+  }
+}
+
+// u (B, T, R, D), alpha (B, T, R); x, gate, y (B, T, D); delta (B, T, D) or (B, T, heads); A (D, N) or (heads); B, C (B, T,
+// N); skip, weight, bias (D), bias null for zero; state (B, D, N) comes as H_0 and leaves as the last; met (B).
+// Shared memory: 2 N, then R + R + 4, then the sums of both rounds.
+extern "C" __global__ void __launch_bounds__(THREADS)
+mamba_solve(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
+            const store* C, const store* skip, const store* gate, const store* weight, const store* bias, store* state,
+            store* y, i64 steps, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
+            double damping, i64* iterations, double* residual, unsigned char* met) {
+  constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
+  SHARED(memory);
+  real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size, *room = told + 2 * R + 4;
+  real *first = room + 2 * (THREADS / 32), *second = first + sums_size<FIRST, THREADS>();
+  const i64 b = blockIdx.x;
+  const real channels = (real)dim;
+  i64 worst = 0;
+  real left = 0;
+  bool fine = true;
+  for (i64 t = 0; t < steps; ++t) {
+    const i64 row = b * steps + t;
+    const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
+                       GATED ? gate + row * dim : nullptr, dim, size, heads};
+    for (int n = threadIdx.x; n < size; n += THREADS) {
+      rowB[n] = widen(B[row * size + n]);
+      rowC[n] = widen(C[row * size + n]);
+    }
+    __syncthreads();
+    real bc = 0;
+    for (int n = 0; n < size; ++n) bc += rowB[n] * rowC[n];
+    real p[CHANNELS], gw[CHANNELS], s1[FIRST] = {}, s2[SECOND] = {};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      p[c] = gw[c] = 0;
+      if (d < dim) {
+        const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
+        store* h = state + (b * dim + d) * size;
+        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
+        real r = 0;
+        for (int n = 0; n < size; ++n) {
+          const real now = widen(h[n]) * (HEADS ? whole : exponential(dt * in.rate(d, n)));
+          h[n] = narrow(now);
+          r += now * rowC[n];
+        }
+        gw[c] = g * w;
+        p[c] = g * (r + w * xd);
+        const real shift = bias ? widen(bias[d]) : (real)0;
+        s1[0] += p[c];
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real ui = in.vector(i, d);
+          s1[1 + i] += gw[c] * ui;
+          s1[1 + R + i] += ui * shift;
+          s1[1 + 2 * R + i] += ui * xd;
+          if constexpr (PRODUCT)
+#pragma unroll
+            for (int k = 0; k < i; ++k) s1[1 + 3 * R + below(i, k)] += ui * in.vector(k, d);
+        }
+      }
+    }
+    const real* sums = group_sums<FIRST, THREADS>(s1, first);
+    const real mp = MODE == 2 ? sums[0] / channels : (real)0;
+    real mq[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) mq[i] = MODE == 2 ? sums[1 + i] / channels : (real)0;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      if (d < dim) {
+        const real own = p[c] - mp, wt = widen(weight[d]);
+        real q[R];
+#pragma unroll
+        for (int i = 0; i < R; ++i) q[i] = gw[c] * in.vector(i, d) - mq[i];
+        s2[0] += own * own;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real uw = in.vector(i, d) * wt;
+          s2[1 + i] += own * q[i];
+          s2[1 + R + i] += uw * own;
+#pragma unroll
+          for (int k = 0; k <= i; ++k) s2[1 + 2 * R + pair(i, k)] += q[i] * q[k];
+#pragma unroll
+          for (int k = 0; k < R; ++k) s2[1 + 2 * R + PAIRS + i * R + k] += uw * q[k];
+        }
+      }
+    }
+    const real* more = group_sums<SECOND, THREADS>(s2, second);
+    if (threadIdx.x < 32) {
+      Small of;
+      real S[R][R], xi[R], tau[R], next[R], shifted[R], later[R];
+      of.pp = more[0] / channels;
+      of.eps = (real)eps;
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        of.f[i] = sums[1 + R + i];
+        xi[i] = sums[1 + 2 * R + i];
+        of.pq[i] = more[1 + i] / channels;
+        of.e[i] = more[1 + R + i];
+#pragma unroll
+        for (int k = 0; k < R; ++k) of.G[i][k] = more[1 + 2 * R + PAIRS + i * R + k];
+      }
+#pragma unroll
+      for (int k = 0; k < PAIRS; ++k) of.qq[k] = more[1 + 2 * R + k] / channels;
+      strengths(sums + 1 + 3 * R, alpha + row * R, S);
+      const real tight = larger((real)(1e-2 * rtol), 4 * EPS);
+      const i64 count = iterate_small(of, S, xi, tight, max_iter, (real)damping, tau);
+      worst = count > worst ? count : worst;
+      const real inverse = of.map(tau, next);
+#pragma unroll
+      for (int i = 0; i < R; ++i) shifted[i] = next[i] - xi[i];
+      times(S, shifted, later);
+      const real ahead = of.map(later, shifted);
+      if (threadIdx.x == 0) {
+        real middle = mp, middle_later = mp;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          told[i] = tau[i];
+          told[R + i] = later[i];
+          middle += mq[i] * tau[i];
+          middle_later += mq[i] * later[i];
+        }
+        told[2 * R] = inverse;
+        told[2 * R + 1] = ahead;
+        told[2 * R + 2] = middle;
+        told[2 * R + 3] = middle_later;
+      }
+    }
+    __syncthreads();
+    // y, how far one more application would move it, and the state
+    real far = 0, top = 0;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      if (d < dim) {
+        real here = p[c], then = p[c], mixed = widen(in.x[d]);
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const real ui = in.vector(i, d);
+          here += told[i] * gw[c] * ui;
+          then += told[R + i] * gw[c] * ui;
+          mixed += told[R + i] * ui;
+        }
+        const real wt = widen(weight[d]), shift = bias ? widen(bias[d]) : (real)0;
+        const real value = wt * ((here - told[2 * R + 2]) * told[2 * R]) + shift;
+        const real other = wt * ((then - told[2 * R + 3]) * told[2 * R + 1]) + shift;
+        far = most(far, magnitude(other - value));
+        top = most(top, magnitude(value));
+        y[row * dim + d] = narrow(value);
+        const real drive = in.step(d) * mixed;
+        store* h = state + (b * dim + d) * size;
+        for (int n = 0; n < size; ++n) h[n] = narrow(widen(h[n]) + drive * rowB[n]);
+      }
+    }
+    block_most(far, top, room);
+    const real allowed = larger((real)(atol + rtol * (double)top), 8 * EPS * top);
+    if (!(far <= allowed) || !is_finite(top)) fine = false;
+    left = most(left, far / larger(top, (real)1e-30));
+  }
+  if (threadIdx.x == 0) {
+    iterations[b] = worst;
+    residual[b] = left;
+    met[b] = fine;
+  }
+}

@@ -1,0 +1,294 @@
+"""The fixed point with a matrix state on the device, sections 5 and 6 of docs/mathematics.md: doors as in
+`fpnumba.reference.mamba`.
+
+Arrays are CuPy's, C-contiguous, all float32 or all float64. With a mixer of low rank a step is one kernel each way,
+`fpnumba.gpu._mamba`; with any other, kernels of the room's scan and mixers are put together here, and an iteration goes
+on until no sequence moves, which the host learns two iterations late, so that the device does not wait for it.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fpnumba.gpu import _device, _mamba, mixers, scan
+from fpnumba.reference import mamba as reference
+from fpnumba.reference import products
+from fpnumba.reference.mamba import Bars, Norm, Solved, System, normalize, normalize_vjp
+from fpnumba.reference.solve import CONVERGED, DIVERGED, MAX_ITER, NONFINITE_INPUT
+
+__all__ = [
+    "Bars",
+    "Norm",
+    "Solved",
+    "System",
+    "application_vjp",
+    "iterate",
+    "normalize",
+    "normalize_vjp",
+    "pullback",
+    "solve",
+]
+
+Array = Any
+
+# Steps between two states that a pullback keeps.
+SPAN = 16
+
+
+class _Doors:
+    scan = scan
+    mixers = mixers
+
+
+def iterate(system: System, initial: Array | None, y: Array) -> Array:
+    """One parallel iteration; see `fpnumba.reference.mamba.iterate`."""
+    return reference.iterate(system, initial, y, _Doors)
+
+
+def application_vjp(system: System, initial: Array | None, y: Array, new_bar: Array) -> Bars:
+    """Cotangents of `iterate`; see `fpnumba.reference.mamba.application_vjp`."""
+    return reference.application_vjp(system, initial, y, new_bar, _Doors)
+
+
+def _at(array: Array, t: int) -> Array:
+    return _device.xp().ascontiguousarray(array[:, t : t + 1])
+
+
+def at_step(s: System, t: int) -> System:
+    """The system of one step."""
+    if s.x.shape[1] == 1:
+        return s
+    gate = None if s.gate is None else _at(s.gate, t)
+    params = _whole(s.kind, products.at_steps(s.kind, s.params, slice(t, t + 1), 1))
+    arrays = (_at(s.x, t), _at(s.delta, t), s.A, _at(s.B, t), _at(s.C, t))
+    return System(s.kind, params, *arrays, s.skip, gate, s.norm)
+
+
+def _whole(kind: Any, params: Any) -> Any:
+    if kind == "mixture":
+        return [(one, _whole(one, theirs)) for one, theirs in params]
+    return tuple(_device.xp().ascontiguousarray(p) for p in params)
+
+
+def _largest(v: Array) -> Array:
+    """By sequence; keeps a NaN."""
+    return _device.xp().abs(v).max(axis=(1, 2))
+
+
+def _per_channel(s: System) -> tuple[Array, Array]:
+    """``w = delta (B . C) + D`` and ``delta`` of one step, a number for each channel."""
+    delta = s.delta if s.A.ndim == 2 else s.delta.repeat(s.x.shape[-1] // s.A.shape[0], axis=-1)
+    return delta * (s.B * s.C).sum(-1, keepdims=True) + s.skip, delta
+
+
+def _inner(s: System, r: Array, w: Array, y: Array) -> Array:
+    """What the norm sees."""
+    v = r + w * reference.channel_mix(s, y, mixers)
+    return v if s.gate is None else s.gate * v
+
+
+def solve(
+    system: System,
+    initial: Array | None,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int = 1000,
+    damping: float = 1.0,
+) -> Solved:
+    """Solve (M) step by step; see `fpnumba.reference.mamba.solve`.
+
+    Parameters
+    ----------
+    system : System
+        Arrays (B, T, ...) on the device.
+    initial : (B, D, N) array or None
+    rtol, atol, max_iter, damping
+        As there.
+
+    Returns
+    -------
+    Solved
+        On the device.
+    """
+    s, xp = system, _device.xp()
+    batch, steps, dim = s.x.shape
+    state = xp.zeros((batch, dim, s.B.shape[-1]), s.x.dtype) if initial is None else initial
+    options = {"rtol": float(rtol), "atol": float(atol), "max_iter": int(max_iter), "damping": float(damping)}
+    if _mamba.serves(s):
+        y, state, iterations, residual, met = _mamba.solve(s, state, **options)
+    else:
+        y = xp.empty_like(s.x)
+        iterations, residual = xp.zeros(batch, np.int64), xp.zeros(batch, np.float64)
+        met = xp.ones(batch, bool)
+        for t in range(steps if batch * dim else 0):
+            here = at_step(s, t)
+            now, count, left, met_now = _solve_step(here, state, **options)
+            u = reference.channel_mix(here, now, mixers)
+            _, state = scan.selective_scan(u, here.delta, here.A, here.B, here.C, None, state)
+            y[:, t] = now[:, 0]
+            iterations, residual = xp.maximum(iterations, count), xp.maximum(residual, left)
+            met &= met_now
+    return Solved(y, state, iterations, residual, _status(s, initial, y, state, met))
+
+
+def _status(s: System, initial: Array | None, y: Array, state: Array, met: Array) -> Array:
+    xp = _device.xp()
+    status = xp.where(met, CONVERGED, MAX_ITER)
+    wild = ~(xp.isfinite(y).all((1, 2)) & xp.isfinite(state).all((1, 2)))
+    finite = xp.ones(len(y), bool)
+    for array in (s.x, s.delta, s.B, s.C, s.gate, initial):
+        if array is not None:
+            finite &= xp.isfinite(array).all(tuple(range(1, array.ndim)))
+    return xp.where(wild, xp.where(finite, DIVERGED, NONFINITE_INPUT), status).astype(np.int8)
+
+
+def _solve_step(
+    s: System, state: Array, *, rtol: float, atol: float, max_iter: int, damping: float
+) -> tuple[Array, Array, Array, Array]:
+    """``y (B, 1, D)`` of one step from zero, applications, residual, and whether the tolerance was met."""
+    xp, eps = _device.xp(), float(np.finfo(s.x.dtype).eps)
+    batch = len(s.x)
+    y = xp.zeros_like(s.x)
+    r, _ = scan.selective_scan(y, s.delta, s.A, s.B, s.C, None, state)
+    w, _ = _per_channel(s)
+    count, residual = xp.zeros(batch, np.int64), xp.zeros(batch, np.float64)
+    met, moving = xp.zeros(batch, bool), xp.ones(batch, bool)
+    watch = _device.Watch(xp.ones(1, np.int32))
+    try:
+        for _ in range(max_iter):
+            new = normalize(s.norm, _inner(s, r, w, y))
+            moved = _largest(new - y).astype(np.float64)
+            size = xp.maximum(_largest(y), _largest(new)).astype(np.float64)
+            count += moving
+            residual = xp.where(moving, moved / xp.maximum(size, float(np.finfo(y.dtype).tiny)), residual)
+            now = moved <= xp.maximum(atol + rtol * size, 8 * eps * size)
+            met |= now & moving
+            step = xp.where(moving, xp.where(now, 1.0, damping), 0.0).astype(y.dtype)[:, None, None]
+            # a sequence that has stopped keeps its value, whatever the others' bring
+            y = xp.where(step > 0, y + step * (new - y), y)
+            moving = moving & ~now & xp.isfinite(moved)
+            watch.counter[:] = moving.sum()
+            if watch.look() == 0:
+                break
+    finally:
+        watch.close()
+    return y, count, residual, met
+
+
+def pullback(
+    system: System,
+    initial: Array | None,
+    y: Array,
+    y_bar: Array,
+    last_bar: Array | None,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int = 1000,
+) -> tuple[Bars, Array]:
+    """The exact gradient at the fixed point ``y``, backward in time; see `fpnumba.reference.mamba.pullback`.
+
+    Parameters
+    ----------
+    system, initial
+        As for `solve`.
+    y, y_bar : (B, T, D) arrays
+    last_bar : (B, D, N) array or None
+    rtol, max_iter
+        Of the adjoint of a step, unless the mixer is of low rank; `atol` is of no use.
+
+    Returns
+    -------
+    bars : Bars
+    status : (B,) int8 array
+    """
+    s, xp = system, _device.xp()
+    batch, steps, dim = s.x.shape
+    states = (batch, dim, s.B.shape[-1])
+    start = xp.zeros(states, s.x.dtype) if initial is None else initial
+    G = xp.zeros(states, s.x.dtype) if last_bar is None else last_bar
+    total = _mamba.Total(s)
+    met, z = xp.ones(batch, bool), xp.empty_like(y)
+    u = reference.channel_mix(s, y, mixers) if steps > 1 else y
+
+    def after(t: int, state: Array) -> Array:
+        arrays = (_at(a, t) for a in (u, s.delta))
+        now, delta = arrays
+        return scan.selective_scan(now, delta, s.A, _at(s.B, t), _at(s.C, t), None, state)[1]
+
+    spans = [start]
+    for begin in range(SPAN, steps, SPAN):
+        state = spans[-1]
+        for t in range(begin - SPAN, begin):
+            state = after(t, state)
+        spans.append(state)
+    for span in reversed(range(len(spans))) if steps else ():
+        here = range(span * SPAN, min((span + 1) * SPAN, steps))
+        pasts = [spans[span]]
+        for t in here[:-1]:
+            pasts.append(after(t, pasts[-1]))
+        for t in reversed(here):
+            step, past = at_step(s, t), pasts[t - here[0]]
+            serves = _mamba.pull if _mamba.serves(s) else _pull_step
+            pulled, met_now = serves(step, past, _at(y, t), _at(y_bar, t), G, rtol=rtol, max_iter=max_iter)
+            G = pulled.initial
+            z[:, t] = pulled.y[:, 0]
+            met &= met_now
+            total.add(pulled, t)
+    finite = xp.isfinite(z).all((1, 2))
+    status = xp.where(met & finite, CONVERGED, xp.where(finite, MAX_ITER, DIVERGED)).astype(np.int8)
+    return total.bars(G, z), status
+
+
+def _pull_step(
+    s: System, past: Array, y: Array, y_bar: Array, G: Array, *, rtol: float, max_iter: int
+) -> tuple[Bars, Array]:
+    """One step: its adjoint system by iteration, then its cotangents; ``y`` of them is ``z``."""
+    xp, eps = _device.xp(), float(np.finfo(y.dtype).eps)
+    r, _ = scan.selective_scan(xp.zeros_like(y), s.delta, s.A, s.B, s.C, None, past)
+    w, delta = _per_channel(s)
+    u = reference.channel_mix(s, y, mixers)
+    o = r + w * u
+    v = o if s.gate is None else s.gate * o
+    through = w if s.gate is None else s.gate * w
+    from_later = delta * (G * s.B[:, 0, None, :]).sum(-1)[:, None]
+    right = y_bar + from_later - products.apply_transpose(mixers, s.kind, s.params, from_later)
+    z, moving, met = right, xp.ones(len(y), bool), xp.zeros(len(y), bool)
+    watch = _device.Watch(xp.ones(1, np.int32))
+    try:
+        for _ in range(max_iter):
+            e = through * normalize_vjp(s.norm, v, z)[0]
+            new = right + e - products.apply_transpose(mixers, s.kind, s.params, e)
+            moved, size = _largest(new - z), _largest(new)
+            z = xp.where(moving[:, None, None], new, z)
+            now = moved <= max(rtol, 8 * eps) * size
+            met |= moving & now
+            moving = moving & ~now & xp.isfinite(moved)
+            watch.counter[:] = moving.sum()
+            if watch.look() == 0:
+                break
+    finally:
+        watch.close()
+    v_bar, weight_bar, bias_bar = normalize_vjp(s.norm, v, z)
+    o_bar = v_bar if s.gate is None else s.gate * v_bar
+    # one step of the scan: a cotangent of the state that it leaves comes in
+    u_bar, delta_bar, A_bar, B_bar, C_bar, skip_bar, before = scan.selective_scan_vjp(
+        u, s.delta, s.A, s.B, s.C, s.skip, past, o_bar, G
+    )
+    x_bar = products.apply_transpose(mixers, s.kind, s.params, u_bar)
+    bars = Bars(
+        products.cotangent(mixers, s.kind, s.params, s.x - y, u_bar),
+        x_bar,
+        delta_bar,
+        A_bar,
+        B_bar,
+        C_bar,
+        skip_bar,
+        None if s.gate is None else v_bar * o,
+        weight_bar,
+        bias_bar,
+        before,
+        z,
+    )
+    return bars, met
