@@ -33,6 +33,8 @@ Array = Any
 
 # Steps between two states that a pullback keeps.
 SPAN = 16
+# An iteration that goes back and forth, so many times without getting closer, is damped by half.
+PATIENCE = 4
 
 
 class _Doors:
@@ -153,20 +155,21 @@ def _solve_step(
     r, _ = scan.selective_scan(y, s.delta, s.A, s.B, s.C, None, state)
     w, _ = _per_channel(s)
     count, residual = xp.zeros(batch, np.int64), xp.zeros(batch, np.float64)
-    met, moving = xp.zeros(batch, bool), xp.ones(batch, bool)
+    met, moving, swing = xp.zeros(batch, bool), xp.ones(batch, bool), _Swing(y, damping)
     watch = _device.Watch(xp.ones(1, np.int32))
     try:
         for _ in range(max_iter):
             new = normalize(s.norm, _inner(s, r, w, y))
-            moved = _largest(new - y).astype(np.float64)
+            change = new - y
+            moved = _largest(change).astype(np.float64)
             size = xp.maximum(_largest(y), _largest(new)).astype(np.float64)
             count += moving
             residual = xp.where(moving, moved / xp.maximum(size, float(np.finfo(y.dtype).tiny)), residual)
             now = moved <= xp.maximum(atol + rtol * size, 8 * eps * size)
             met |= now & moving
-            step = xp.where(moving, xp.where(now, 1.0, damping), 0.0).astype(y.dtype)[:, None, None]
             # a sequence that has stopped keeps its value, whatever the others' bring
-            y = xp.where(step > 0, y + step * (new - y), y)
+            step = xp.where(moving, xp.where(now, 1.0, swing.factor(change, moved)), 0.0)[:, None, None]
+            y = xp.where(step > 0, y + step.astype(y.dtype) * change, y)
             moving = moving & ~now & xp.isfinite(moved)
             watch.counter[:] = moving.sum()
             if watch.look() == 0:
@@ -174,6 +177,26 @@ def _solve_step(
     finally:
         watch.close()
     return y, count, residual, met
+
+
+class _Swing:
+    """How far iterations go, by sequence."""
+
+    def __init__(self, like: Array, damping: float) -> None:
+        xp, batch = _device.xp(), len(like)
+        self._factor, self._swings = xp.full(batch, damping), xp.zeros(batch, np.int64)
+        self._past, self._before = xp.zeros_like(like), xp.full(batch, np.inf)
+
+    def factor(self, change: Array, moved: Array) -> Array:
+        """Of this iteration, which would make this `change`, the largest of it `moved`."""
+        xp = _device.xp()
+        back = (change * self._past).sum((1, 2)) < 0
+        self._swings += back & (moved > 0.98 * self._before)
+        enough = self._swings >= PATIENCE
+        self._factor = xp.where(enough, self._factor / 2, self._factor)
+        self._swings = xp.where(enough, 0, self._swings)
+        self._past, self._before = change, moved
+        return self._factor
 
 
 def pullback(
@@ -254,14 +277,16 @@ def _pull_step(
     through = w if s.gate is None else s.gate * w
     from_later = delta * (G * s.B[:, 0, None, :]).sum(-1)[:, None]
     right = y_bar + from_later - products.apply_transpose(mixers, s.kind, s.params, from_later)
-    z, moving, met = right, xp.ones(len(y), bool), xp.zeros(len(y), bool)
+    z, moving, met, swing = right, xp.ones(len(y), bool), xp.zeros(len(y), bool), _Swing(y, 1.0)
     watch = _device.Watch(xp.ones(1, np.int32))
     try:
         for _ in range(max_iter):
             e = through * normalize_vjp(s.norm, v, z)[0]
             new = right + e - products.apply_transpose(mixers, s.kind, s.params, e)
-            moved, size = _largest(new - z), _largest(new)
-            z = xp.where(moving[:, None, None], new, z)
+            change = new - z
+            moved, size = _largest(change), _largest(new)
+            step = swing.factor(change, moved).astype(z.dtype)[:, None, None]
+            z = xp.where(moving[:, None, None], z + step * change, z)
             now = moved <= max(rtol, 8 * eps) * size
             met |= moving & now
             moving = moving & ~now & xp.isfinite(moved)

@@ -10,6 +10,8 @@
 // Once a step has been iterated so near to its end that the geometric series has less than this of its size left,
 // Newton's method may take over, and may not go much further: there may be other solutions.
 constexpr real NEAR = (real)1e-3;
+// An iteration that goes back and forth, so many times without getting closer, is damped by half.
+constexpr int PATIENCE = 4;
 
 struct Small {
   real e[R], f[R], pq[R], qq[PAIRS], G[R][R], pp, eps;
@@ -41,8 +43,9 @@ struct Small {
 // From sigma = 0; `xi` is U x. Leaves tau; returns the number of iterations.
 __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R], const real (&xi)[R], real tolerance,
                                           i64 max_iter, real damping, real (&tau)[R]) {
-  real sigma[R], shifted[R], next[R], before = LARGEST, ratio = LARGEST, last = LARGEST;
+  real sigma[R], shifted[R], next[R], past[R] = {}, before = LARGEST, ratio = LARGEST, last = LARGEST;
   bool known = false;
+  int swings = 0;
   auto move = [&](const real(&from)[R], real(&to)[R]) {
 #pragma unroll
     for (int i = 0; i < R; ++i) shifted[i] = from[i] - xi[i];
@@ -53,9 +56,11 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
   move(sigma, tau);
   real inverse = of.map(tau, next);
   for (i64 count = 1;; ++count) {
-    real moved = 0, size = 0;
+    real moved = 0, size = 0, back = 0;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
+      back += past[i] * (next[i] - sigma[i]);
+      past[i] = next[i] - sigma[i];
       moved = most(moved, magnitude(next[i] - sigma[i]));
       size = larger(size, larger(magnitude(next[i]), magnitude(sigma[i])));
     }
@@ -68,6 +73,10 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
     }
     known = true;
     before = moved;
+    if (back < 0 && ratio > (real)0.98 && ++swings == PATIENCE) {
+      damping /= 2;
+      swings = 0;
+    }
     if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
       // (I - F' S) jump = next - sigma
       real jump[R], along[R], m[R][R], slope[R], far = 0;

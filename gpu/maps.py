@@ -1,0 +1,144 @@
+"""From activations to the parameters of mixers on the device, and back: what layers of `fpnumba.nn` need.
+
+The doors of `fpnumba.nn.mixer_kernels`, for CuPy arrays of rows, float32 or float64.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fpnumba.gpu import _device, _shapes
+from fpnumba.gpu._report import store
+
+Array = Any
+
+# Rows at least so wide have a block each; narrower ones a warp, and this many share a block.
+WIDE, BLOCK, ROWS = 512, 256, 4
+# Threads of a matrix.
+THREADS = 256
+
+
+def _rows(name: str, dtype: str, dim: int) -> tuple[_device.Kernel, int, int]:
+    """The kernel, the rows of a block, and the threads of a row."""
+    threads = BLOCK if dim >= WIDE else 32
+    macros = {"STORE": store(dtype), "THREADS": threads, "ROWS": ROWS}
+    return _device.Kernel.of("map_rows.cu", name, macros), ROWS if threads == 32 else 1, threads
+
+
+def _launch_rows(name: str, like: Array, *arrays: Array, eps: float) -> None:
+    count, dim = like.shape
+    kernel, rows, threads = _rows(name, _shapes.name(like.dtype), dim)
+    shared = 8 * rows * max(1, 2 * threads // 32)
+    sizes = np.int64(count), np.int32(dim), np.float64(eps)
+    _device.launch(kernel, -(-count // rows), rows * threads, (*arrays, *sizes), shared=shared)
+
+
+def normalize(y: Array, eps: float) -> tuple[Array, Array]:
+    """``u = y / max(||y||, eps)`` row by row, ``(N, D)``, and the norms ``(N,)`` before the maximum."""
+    u, norm = _shapes.empty_like(y), _shapes.empty_like(y, len(y))
+    _launch_rows("unit_rows", y, y, u, norm, eps=eps)
+    return u, norm
+
+
+def normalize_vjp(u: Array, norm: Array, eps: float, u_bar: Array) -> Array:
+    """Cotangent of :func:`normalize`."""
+    y_bar = _shapes.empty_like(u)
+    _launch_rows("unit_rows_vjp", u, u, norm, u_bar, y_bar, eps=eps)
+    return y_bar
+
+
+def _factor(name: str, dtype: str, size: int, spectral: bool, flip: bool) -> _device.Kernel:
+    macros = {
+        "STORE": store(dtype),
+        "EDGE": size,
+        "FLIP": int(flip),
+        "SPECTRAL": int(spectral),
+        "THREADS": THREADS,
+    }
+    return _device.Kernel.of("map_kronecker.cu", name, macros)
+
+
+def _numbers(size: int, matrices: int, vectors: int) -> int:
+    """Numbers of shared memory."""
+    return 2 * THREADS // 32 + matrices * size * (size + 1) + vectors * size + 16
+
+
+def kronecker_factor(
+    p: Array, diag: Array, start: float, eps: float, spectral: bool, scale: float, flip: bool
+) -> Array:
+    """``K = scale * diag(diag) r / divisor``, transposed if `flip`; see `fpnumba.nn.mixer_kernels`.
+
+    Parameters
+    ----------
+    p : (N, d (d + 1) / 2) array
+    diag : (N, d) array
+
+    Returns
+    -------
+    (N, d, d) array
+    """
+    count, size = diag.shape
+    k = _shapes.empty_like(diag, count, size, size)
+    kernel = _factor("factor", _shapes.name(p.dtype), size, spectral, flip)
+    arguments = (p, diag, np.float64(start), np.float64(eps), np.float64(scale), k)
+    _device.launch(kernel, count, THREADS, arguments, shared=p.dtype.itemsize * _numbers(size, 2, 18))
+    return k
+
+
+def kronecker_factor_vjp(
+    p: Array, diag: Array, start: float, eps: float, spectral: bool, scale: float, flip: bool, k_bar: Array
+) -> tuple[Array, Array]:
+    """Cotangents of `p` and `diag` of :func:`kronecker_factor`."""
+    count, size = diag.shape
+    p_bar, diag_bar = _shapes.empty_like(p), _shapes.empty_like(diag)
+    kernel = _factor("factor_vjp", _shapes.name(p.dtype), size, spectral, flip)
+    numbers = np.float64(start), np.float64(eps), np.float64(scale)
+    arguments = (p, diag, *numbers, k_bar, p_bar, diag_bar)
+    _device.launch(kernel, count, THREADS, arguments, shared=p.dtype.itemsize * _numbers(size, 3, 20))
+    return p_bar, diag_bar
+
+
+def _grams(p: Array, size: int) -> tuple[Array, Array]:
+    """``U`` and ``U U^T`` of upper triangles."""
+    xp = _device.xp()
+    upper = xp.zeros((len(p), size, size), p.dtype)
+    upper[:, *np.triu_indices(size)] = p
+    return upper, _device.matmul(upper, xp.ascontiguousarray(upper.swapaxes(1, 2)))
+
+
+def monarch_block(p: Array, eps: float, size: int) -> Array:
+    """``M = U U^T / (largest column norm + eps)``; ``p (N, b (b + 1) / 2)`` to ``(N, b, b)``."""
+    xp = _device.xp()
+    _, gram = _grams(p, size)
+    largest = xp.sqrt((gram * gram).sum(2).max(1))
+    return gram / (largest + p.dtype.type(eps))[:, None, None]
+
+
+def monarch_block_vjp(p: Array, eps: float, blocks_bar: Array) -> Array:
+    """Cotangent of :func:`monarch_block`; of equal columns the first one counts as the largest."""
+    xp, size, rows = _device.xp(), blocks_bar.shape[1], _device.xp().arange(len(p))
+    upper, gram = _grams(p, size)
+    squares = (gram * gram).sum(2)
+    where = squares.argmax(1)
+    norm = xp.sqrt(squares[rows, where])
+    inverse = 1 / (norm + p.dtype.type(eps))
+    gram_bar = blocks_bar * inverse[:, None, None]
+    inner = (blocks_bar * gram).sum((1, 2)) * inverse * inverse
+    inner = xp.where(norm > 0, inner / xp.where(norm > 0, norm, 1), 0)
+    gram_bar[rows, :, where] -= inner[:, None] * gram[rows, where]
+    both = xp.ascontiguousarray(gram_bar + gram_bar.swapaxes(1, 2))
+    upper_bar = _device.matmul(both, upper)
+    return xp.ascontiguousarray(upper_bar[:, *np.triu_indices(size)])
+
+
+def representative() -> list[_device.Kernel]:
+    """The kernels that are compiled where there is no device."""
+    found = [
+        _rows(name, dtype, dim)[0]
+        for name in ("unit_rows", "unit_rows_vjp")
+        for dtype, dim in (("float32", 1024), ("float32", 16), ("float64", 64))
+    ]
+    for name in ("factor", "factor_vjp"):
+        found.append(_factor(name, "float32", 32, True, True))
+        found.append(_factor(name, "float64", 5, False, False))
+    return found
