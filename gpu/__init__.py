@@ -1,18 +1,31 @@
 """The GPU room: CUDA kernels on CuPy arrays, behind the doors of `fpnumba.reference` and `fpnumba.cpu`.
 
-The doors (``scan``, ``mixers``, ``solve``) are opened when they are first asked for; CuPy, a driver and a device are
-looked for at the first call, and what is missing is said then. `engine` tells which kind of kernel was asked for by
-name.
+The doors (``scan``, ``mixers``, ``solve``, ``mamba``, ``maps``) are opened when they are first asked for; CuPy, a
+driver and a device are looked for at the first call, and what is missing is said then. `engine` tells which kind of
+kernel was asked for by name, `precision` in which precision layers multiply matrices.
 """
 
 import importlib
 from typing import Any
 
-from fpnumba.gpu._engine import ENGINES, engine, use_engine
+from fpnumba.gpu._engine import ENGINES, PRECISIONS, engine, precision, use_engine, use_precision
 
-__all__ = ["ENGINES", "absent", "engine", "mixers", "scan", "solve", "use_engine"]
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "absent",
+    "engine",
+    "mamba",
+    "maps",
+    "mixers",
+    "precision",
+    "scan",
+    "solve",
+    "use_engine",
+    "use_precision",
+]
 
-_DOORS = ("mixers", "scan", "solve")
+_DOORS = ("mamba", "maps", "mixers", "scan", "solve")
 
 
 def absent() -> str | None:

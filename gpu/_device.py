@@ -246,6 +246,69 @@ def matmul(a: Any, b: Any, out: Any = None) -> Any:
     return array.matmul(a, b, out=out)
 
 
+# cuBLAS's names of a float32 and a float64, and of what is computed in
+_SINGLE, _DOUBLE = 0, 1
+_COMPUTE = {
+    "float32": "CUBLAS_COMPUTE_32F",
+    "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
+    "bfloat16": "CUBLAS_COMPUTE_32F_FAST_16BF",
+}
+
+
+def product(
+    a: Any,
+    b: Any,
+    out: Any = None,
+    *,
+    transposed: tuple[bool, bool] = (False, False),
+    precision: str = "float32",
+) -> Any:
+    """The product of two matrices, each of which may be taken transposed.
+
+    Parameters
+    ----------
+    a, b : arrays of two axes
+        float32 or float64. Rows are contiguous, and may lie apart.
+    out : array, optional
+        C-contiguous.
+    transposed : pair of bool
+    precision : str
+        Of `fpnumba.gpu.use_precision`.
+
+    Returns
+    -------
+    array
+    """
+    array = xp()
+    if not hasattr(array, "cuda"):
+        return array.matmul(a.T if transposed[0] else a, b.T if transposed[1] else b, out=out)
+    (rows, inner), columns = a.shape[:: -1 if transposed[0] else 1], b.shape[0 if transposed[1] else 1]
+    if out is None:
+        out = array.empty((rows, columns), a.dtype)
+    if 0 in (rows, inner, columns):
+        out[...] = 0
+        return out
+    cublas, double = array.cuda.cublas, a.dtype == np.float64
+    kind, size = (_DOUBLE, 8) if double else (_SINGLE, 4)
+    compute = getattr(cublas, "CUBLAS_COMPUTE_64F" if double else _COMPUTE[precision])
+    one_zero = np.array([1, 0], a.dtype)
+    # cuBLAS has columns where we have rows: the transposed product
+    cublas.gemmEx(
+        *(
+            array.cuda.device.get_cublas_handle(),
+            int(transposed[1]),
+            int(transposed[0]),
+            columns,
+            rows,
+            inner,
+        ),
+        *(one_zero.ctypes.data, b.data.ptr, kind, max(b.strides[0] // size, 1)),
+        *(a.data.ptr, kind, max(a.strides[0] // size, 1)),
+        *(one_zero.ctypes.data + size, out.data.ptr, kind, columns, compute, -1),
+    )
+    return out
+
+
 def _takes_tf32() -> bool:
     from cupy._core import _routines_linalg as linalg
 

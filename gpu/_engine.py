@@ -58,3 +58,45 @@ def _known(name: str) -> str:
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}")
     return name
+
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+_precision: ContextVar[str] = ContextVar("fpnumba_gpu_precision", default="float32")
+
+
+@contextmanager
+def use_precision(name: str) -> Iterator[None]:
+    """Multiply float32 matrices of layers in another precision inside a ``with`` block, in this thread and context.
+
+    Sums are float32 always. ``tf32`` rounds the factors to eleven bits, ``bfloat16`` to eight, on tensor cores; float64
+    stays what it is. The products of the mixers ``fixed`` and ``dense`` are not concerned.
+
+    Parameters
+    ----------
+    name : {"float32", "tf32", "bfloat16"}
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> from fpnumba import gpu
+    >>> with gpu.use_precision("tf32"):
+    ...     gpu.precision()
+    'tf32'
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"argument `name`: got {name!r}, expected one of {', '.join(PRECISIONS)}")
+    token = _precision.set(name)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
+
+
+def precision() -> str:
+    """In which precision layers multiply float32 matrices now; see `use_precision`."""
+    return _precision.get()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes, mixers
-from fpnumba.gpu._engine import tuned
+from fpnumba.gpu._engine import precision, tuned
 from fpnumba.gpu._report import store
 from fpnumba.reference.mamba import Bars, System
 
@@ -21,7 +21,13 @@ MOST_RANK, BLOCK = 8, 512
 # Numbers of the state's cotangents that a thread adds up in registers at most.
 MOST_HELD = 128
 # Blocks of the adjoint on a multiprocessor; each takes several sequences, and adds up what they share.
-BLOCKS_EACH = 2
+BLOCKS_EACH = 1
+
+
+# Activations by the numbers of the kernels.
+ACTS = {None: 0, "identity": 0, "silu": 1, "relu": 2}
+# Bytes of states that a gradient keeps; beyond that they are made again from every so many.
+KEPT_BYTES = 2**31
 
 
 class Layout(NamedTuple):
@@ -36,6 +42,7 @@ class Layout(NamedTuple):
     threads: int
     channels: int
     states: int
+    act: str | None = None  # of the arguments that the mixer is made from; None where it is given
 
     def kernel(self, name: str) -> _device.Kernel:
         """One of the two kernels."""
@@ -49,6 +56,8 @@ class Layout(NamedTuple):
             "THREADS": self.threads,
             "CHANNELS": self.channels,
             "STATES": self.states,
+            "MADE": int(self.act is not None),
+            "ACT": ACTS[self.act],
         }
         return _device.Kernel.of(f"{name}.cu", name, macros)
 
@@ -101,70 +110,274 @@ def _heads(s: System) -> np.int32:
     return np.int32(s.A.shape[0] if s.A.ndim == 1 else 1)
 
 
+class Arguments(NamedTuple):
+    """What the linear maps of a layer say, from which a mixer of rank one, ``B`` and ``C`` are made.
+
+    Attributes
+    ----------
+    mixer : (B, T, D + 1) array
+        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike.
+    b, c : (B, T, N) arrays
+    stacked : (width, D) array or None
+        The linear maps of ``y_{t-1}``, of those that see it in this order: mixer, b, c.
+    seen : set of str
+        Which do.
+    activation : str
+    alpha_max, unit_eps : float
+        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``.
+    bc_eps : float or None
+        Of the lengths of ``b`` and ``c``; None where they are not normalised.
+    """
+
+    mixer: Array
+    b: Array
+    c: Array
+    stacked: Array | None
+    seen: tuple[str, ...]
+    activation: str
+    alpha_max: float
+    unit_eps: float
+    bc_eps: float | None
+
+    @property
+    def places(self) -> tuple[np.int32, np.int32, np.int32, np.int32]:
+        """The width of what ``y_{t-1}`` says, and where in it each stands."""
+        at, width = [], 0
+        for name, array in (("mixer", self.mixer), ("b", self.b), ("c", self.c)):
+            seen = name in self.seen
+            at.append(width if seen else -1)
+            width += array.shape[2] if seen else 0
+        first, second, third = (np.int32(a) for a in at)
+        return np.int32(width), first, second, third
+
+    @property
+    def numbers(self) -> tuple[np.float64, np.float64, np.float64]:
+        """As the kernels take them."""
+        bc = -1.0 if self.bc_eps is None else self.bc_eps
+        return np.float64(self.alpha_max), np.float64(self.unit_eps), np.float64(bc)
+
+
+class Made(NamedTuple):
+    """What a solve leaves for the way back: parameters that it made, and states."""
+
+    system: System
+    arguments: Array | None
+    norms: Array | None
+    states: list[Array]
+    span: int
+
+
+# What stands in the place of arguments where parameters are given.
+_GIVEN = (None,) * 4 + (np.int32(0),) + (np.int32(-1),) * 3 + (np.float64(0),) * 3 + (None, None)
+
+
+class _Walk:
+    """The kernel `mamba_solve` over some of the steps."""
+
+    def __init__(self, s: System, one: Layout, y: Array, options: tuple[float, float, int, float]) -> None:
+        batch, steps, dim = s.x.shape
+        rank, size, gram = one.rank, s.B.shape[-1], one.rank * (one.rank - 1) // 2 if one.product else 0
+        told = _device.several(((batch,), np.int64), ((batch,), np.float64), ((batch,), np.uint8))
+        self.iterations, self.residual, self.met = told
+        weight, bias, eps = _norm(s)
+        rtol, atol, max_iter, damping = options
+        sums = 1 + 3 * rank + gram, 1 + 2 * rank + rank * (rank + 1) // 2 + rank**2, rank
+        self._shared = one.shared(size, 2 * rank + 4 + one.threads // 16, *sums)
+        self._kernel, self._threads, self._batch = one.kernel("mamba_solve"), one.threads, batch
+        self._before = (*_inputs(s), weight, bias)
+        self._y, self._steps = y, np.int64(steps)
+        self._after = (
+            *(np.int32(dim), np.int32(size), _heads(s), eps, np.float64(rtol), np.float64(atol)),
+            *(np.int64(max_iter), np.float64(damping), *told),
+        )
+
+    def go(self, first: int, last: int, before: Array, state: Array, made: tuple[Any, ...] = _GIVEN) -> None:
+        """Steps `first` to `last`, from the state `before` to `state`."""
+        steps = self._steps, np.int64(first), np.int64(last)
+        arguments = (*self._before, before, state, self._y, *steps, *self._after, *made)
+        _device.launch(self._kernel, self._batch, self._threads, arguments, shared=self._shared)
+
+
 def solve(
     s: System, initial: Array, *, rtol: float, atol: float, max_iter: int, damping: float
 ) -> tuple[Array, Array, Array, Array, Array]:
     """All steps: ``y``, the last state, iterations, residual, and whether the tolerance was met."""
-    one, (batch, steps, dim) = _layout(s), s.x.shape
-    rank, size = one.rank, s.B.shape[-1]
-    y, state = _shapes.empty_like(s.x), initial.copy()
-    told = _device.several(((batch,), np.int64), ((batch,), np.float64), ((batch,), np.bool_))
-    iterations, residual, met = told
-    weight, bias, eps = _norm(s)
-    arguments = (
-        *(*_inputs(s), weight, bias, state, y, np.int64(steps), np.int32(dim), np.int32(size), _heads(s)),
-        *(eps, np.float64(rtol), np.float64(atol), np.int64(max_iter), np.float64(damping)),
-        *(iterations, residual, met.view(np.uint8)),
+    y, state = _shapes.empty_like(s.x), _shapes.empty_like(initial)
+    walk = _Walk(s, _layout(s), y, (rtol, atol, max_iter, damping))
+    if s.x.shape[1] == 0:
+        xp, batch = _device.xp(), len(s.x)
+        return y, initial.copy(), xp.zeros(batch, np.int64), xp.zeros(batch), xp.ones(batch, bool)
+    walk.go(0, s.x.shape[1], initial, state)
+    return y, state, walk.iterations, walk.residual, walk.met.astype(bool)
+
+
+def makes(s: System, activation: str) -> bool:
+    """Whether mixers of this system can be made from arguments, step by step."""
+    return serves(s) and s.params[1].shape[2] == 1 and activation in ACTS
+
+
+def solve_made(
+    s: System,
+    given: Arguments,
+    initial: tuple[Array, Array],
+    *,
+    keep: bool,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    damping: float,
+) -> tuple[Array, Array, Array, Array, Array, Made]:
+    """The same where step ``t`` is made from arguments and ``y_{t-1}``: a product of matrices and a kernel each.
+
+    The mixer, ``B`` and ``C`` of `s` are written; `initial` is ``y_0`` and ``H_0``.
+    """
+    xp, (batch, steps) = _device.xp(), s.x.shape[:2]
+    one = _layout(s)._replace(act=given.activation)
+    y = _shapes.empty_like(s.x)
+    walk = _Walk(s, one, y, (rtol, atol, max_iter, damping))
+    arguments = _shapes.empty_like(s.x) if keep else None
+    norms = xp.empty((batch, steps, 3), y.dtype) if keep else None
+    fed = None
+    if given.stacked is not None:
+        fed = xp.empty((batch, len(given.stacked)), y.dtype)
+    made = (given.mixer, given.b, given.c, fed, *given.places, *given.numbers, arguments, norms)
+    before, state = initial
+    each = state.nbytes
+    span = max(1, -(-steps * each // KEPT_BYTES)) if keep else steps
+    states, t = [], 0
+    while t < steps:
+        if keep and t % span == 0:
+            states.append(state)
+            now = _shapes.empty_like(state)
+        else:
+            now = state if t else _shapes.empty_like(state)
+        last = t + 1 if fed is not None else min(steps, t - t % span + span)
+        if fed is not None:
+            _device.product(before, given.stacked, fed, transposed=(False, True), precision=precision())
+        walk.go(t, last, state, now, made)
+        state, before, t = now, y[:, last - 1], last
+    if steps == 0:
+        told = xp.zeros(batch, np.int64), xp.zeros(batch), xp.ones(batch, bool)
+        return y, state, *told, Made(s, arguments, norms, states, span)
+    return (
+        y,
+        state,
+        walk.iterations,
+        walk.residual,
+        walk.met.astype(bool),
+        Made(s, arguments, norms, states, span),
     )
-    gram = rank * (rank - 1) // 2 if one.product else 0
-    sums = 1 + 3 * rank + gram, 1 + 2 * rank + rank * (rank + 1) // 2 + rank**2
-    shared = one.shared(size, 2 * rank + 4 + one.threads // 16, *sums)
-    _device.launch(one.kernel("mamba_solve"), batch, one.threads, arguments, shared=shared)
-    return y, state, iterations, residual, met
+
+
+class _Back:
+    """The kernel `mamba_pull`, and what it adds up over the steps."""
+
+    def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
+        xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
+        self.blocks = min(batch, BLOCKS_EACH * _device.multiprocessors())
+        self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
+        self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
+        gram = one.rank * (one.rank - 1) // 2 if one.product else 0
+        sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 1
+        self._shared = one.shared(size, 3 * one.rank, *sums)
+        self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
+        self._system, self._one = s, one
+        self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
+        self.gate_bar = None if s.gate is None else _shapes.empty_like(self.z)
+        self.B_bar, self.C_bar = _shapes.empty_like(s.B), _shapes.empty_like(s.C)
+        weight, _, eps = _norm(s)
+        self._inputs = (*_inputs(s), weight)
+        self._sizes = np.int64(batch), np.int64(steps), np.int32(dim), np.int32(size), _heads(s), eps
+
+    def go(
+        self, t: int, past: Array, G: Array, y: Array, y_bar: Array, more: Array | None, made: tuple[Any, ...]
+    ) -> Array:
+        """Step `t`; returns the cotangent of the state before it."""
+        before = _shapes.empty_like(G)
+        batch, steps, *rest = self._sizes
+        arguments = (
+            *(*self._inputs, past, G, y, y_bar, more, batch, steps, np.int64(t), *rest),
+            *(before, self.z, self.u_bar, self.gate_bar, self.delta_bar, self.B_bar, self.C_bar),
+            *(self.rates, self.skip, self.weight, self.bias, *made),
+        )
+        _device.launch(self._kernel, self.blocks, self._threads, arguments, shared=self._shared)
+        return before
+
+    def bars(self, params: Any, x_bar: Array, G: Array) -> Bars:
+        """All that was found."""
+        s, A_bar, delta_bar = self._system, self.rates.sum(0), self.delta_bar
+        if self._one.heads:
+            A_bar = A_bar.reshape(len(s.A), -1).sum(-1)
+            delta_bar = delta_bar.reshape(*delta_bar.shape[:2], len(s.A), -1).sum(-1)
+        normed = s.norm is not None
+        return Bars(
+            *(params, x_bar, delta_bar, A_bar, self.B_bar, self.C_bar, self.skip.sum(0), self.gate_bar),
+            self.weight.sum(0) if normed else None,
+            self.bias.sum(0) if s.norm is not None and s.norm.bias is not None else None,
+            *(G, self.z),
+        )
+
+
+_NOT_MADE = (None, None, *(np.int32(0),), *(np.int32(-1),) * 3, *(np.float64(0),) * 3, None, None, None)
 
 
 def pull(
     s: System, past: Array, y: Array, y_bar: Array, G: Array, *, rtol: float, max_iter: int
 ) -> tuple[Bars, Array]:
     """The cotangents of one step; ``y`` of them is ``z``. `rtol` and `max_iter` are of no use: nothing iterates."""
-    xp, one, (batch, _, dim) = _device.xp(), _layout(s), s.x.shape
-    rank, size = one.rank, s.B.shape[-1]
-    blocks = min(batch, BLOCKS_EACH * _device.multiprocessors())
-    weight, _, eps = _norm(s)
-    z, u_bar, delta_bar = (_shapes.empty_like(y) for _ in range(3))
-    gate_bar = None if s.gate is None else _shapes.empty_like(y)
-    B_bar, C_bar, before = (_shapes.empty_like(a) for a in (s.B, s.C, G))
-    rates = xp.empty((blocks, dim) if one.heads else (blocks, dim, size), y.dtype)
-    skip_bar, weight_bar, bias_bar = (xp.empty((blocks, dim), y.dtype) for _ in range(3))
-    arguments = (
-        *(*_inputs(s), weight, past, G, y, y_bar),
-        *(np.int64(batch), np.int32(dim), np.int32(size), _heads(s), eps),
-        *(before, z, u_bar, gate_bar, delta_bar, B_bar, C_bar, rates, skip_bar, weight_bar, bias_bar),
-    )
-    gram = rank * (rank - 1) // 2 if one.product else 0
-    sums = 2 * rank + gram, 1, 3 + 5 * rank + rank * (rank + 1) // 2, 2 * one.states
-    _device.launch(
-        one.kernel("mamba_pull"), blocks, one.threads, arguments, shared=one.shared(size, 3 * rank, *sums)
-    )
-    A_bar = rates.sum(0)
-    if one.heads:
-        A_bar = A_bar.reshape(len(s.A), -1).sum(-1)
-        delta_bar = delta_bar.reshape(batch, 1, len(s.A), -1).sum(-1)
-    bars = Bars(
-        mixers.cotangent(s.kind, s.params, s.x - y, u_bar),
-        mixers.apply_transpose(s.kind, s.params, u_bar),
-        delta_bar,
-        A_bar,
-        B_bar,
-        C_bar,
-        skip_bar.sum(0),
-        gate_bar,
-        None if s.norm is None else weight_bar.sum(0),
-        None if s.norm is None or s.norm.bias is None else bias_bar.sum(0),
-        before,
-        z,
-    )
-    return bars, xp.ones(batch, bool)
+    batch = len(s.x)
+    back = _Back(s, _layout(s), batch, 1)
+    before = back.go(0, past, G, y, y_bar, None, _NOT_MADE)
+    params = mixers.cotangent(s.kind, s.params, s.x - y, back.u_bar)
+    bars = back.bars(params, mixers.apply_transpose(s.kind, s.params, back.u_bar), before)
+    return bars, _device.xp().ones(batch, bool)
+
+
+def pull_made(
+    made: Made, given: Arguments, y: Array, y_bar: Array, last_bar: Array | None
+) -> tuple[Bars, Array]:
+    """The exact gradient behind `solve_made`, backward in time.
+
+    Returns
+    -------
+    bars : Bars
+        Its ``params`` are the cotangent of ``given.mixer`` alone; its ``B`` and ``C`` are those of ``given.b`` and
+        ``given.c``, its ``y`` is ``z``.
+    fed_bar : (B, T, width) array
+        The cotangents of what ``y_{t-1}`` says at each step.
+    """
+    s, xp, (batch, steps, dim) = made.system, _device.xp(), y.shape
+    one = _layout(s)._replace(act=given.activation)
+    back = _Back(s, one, batch, steps)
+    x_bar, mixer_bar = _shapes.empty_like(y), _shapes.empty_like(given.mixer)
+    width = 0 if given.stacked is None else len(given.stacked)
+    fed_bar = xp.empty((steps, batch, width), y.dtype)
+    G = xp.zeros((batch, dim, s.B.shape[-1]), y.dtype) if last_bar is None else last_bar
+    more = None
+    for first in reversed(range(0, steps, made.span)):
+        pasts = _again(made, y, first)
+        for t in reversed(range(first, min(first + made.span, steps))):
+            rest = made.arguments, made.norms, *given.places, *given.numbers, x_bar, mixer_bar, fed_bar[t]
+            G = back.go(t, pasts[t - first], G, y, y_bar, more, rest)
+            if given.stacked is not None:
+                more = _device.product(fed_bar[t], given.stacked, more, precision=precision())
+    return back.bars(mixer_bar, x_bar, G), fed_bar.swapaxes(0, 1)
+
+
+def _again(made: Made, y: Array, first: int) -> list[Array]:
+    """The state before each step of a span: solved again, which finds what was found."""
+    s, states = made.system, [made.states[first // made.span]]
+    last = min(first + made.span, s.x.shape[1])
+    if last - first > 1:
+        walk = _Walk(s, _layout(s), _shapes.empty_like(y), AGAIN)
+        for t in range(first, last - 1):
+            states.append(_shapes.empty_like(states[-1]))
+            walk.go(t, t + 1, states[-2], states[-1])
+    return states
+
+
+# As tight as it goes: the solve need not have been.
+AGAIN = (1e-7, 0.0, 1000, 1.0)
 
 
 class Total:
@@ -231,4 +444,6 @@ def representative() -> list[_device.Kernel]:
         ("float64", 2, True, 0, True, False, 96, 5),
         ("float32", 1, False, 2, False, False, 4096, 16),
     ]
-    return [layout(*shape).kernel(name) for shape in shapes for name in ("mamba_solve", "mamba_pull")]
+    layouts = [layout(*shape) for shape in shapes]
+    layouts += [layouts[0]._replace(act="silu"), layouts[0]._replace(act="relu", gated=True, heads=True)]
+    return [one.kernel(name) for one in layouts for name in ("mamba_solve", "mamba_pull")]

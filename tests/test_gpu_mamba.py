@@ -7,7 +7,7 @@ import pytest
 from gpu_machine import GpuRoom as Room
 from test_mamba import KINDS, NORMS, problem
 
-from fpnumba.gpu import mamba
+from fpnumba.gpu import _mamba, mamba
 from fpnumba.reference import mamba as plain
 
 TIGHT = {"rtol": 1e-13, "max_iter": 4000}
@@ -127,3 +127,141 @@ def test_threads_in_any_order(simt_device: Any, rng: Any) -> None:
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+def made(
+    rng: Any,
+    *,
+    seen: tuple[str, ...],
+    batch: int = 2,
+    steps: int = 4,
+    dim: int = 40,
+    size: int = 5,
+    **options: Any,
+) -> Any:
+    """Arguments of a mixer of rank one, of b and c, a system that lacks these, and where it begins."""
+    system, _ = problem(rng, "householder", "layer", batch=batch, steps=steps, size=size, **options)
+
+    def widened(a: Any) -> Any:
+        if a.shape[-1] != 6:
+            return a
+        return np.ascontiguousarray(np.repeat(a, -(-dim // 6), axis=-1)[..., :dim])
+
+    wide = changed(system._replace(params=()), widened)
+    A = -rng.uniform(0.3, 1.5, (dim, size)) if system.A.ndim == 2 else system.A
+    empty = (np.zeros((batch, steps, 1, dim)), np.zeros((batch, steps, 1)))
+    wide = wide._replace(params=empty, A=A, x=rng.standard_normal((batch, steps, dim)))
+    normal = rng.standard_normal
+    width = (dim + 1) * ("mixer" in seen) + size * (("b" in seen) + ("c" in seen))
+    given = _mamba.Arguments(
+        normal((batch, steps, dim + 1)),
+        normal((batch, steps, size)),
+        normal((batch, steps, size)),
+        0.3 * normal((width, dim)) / np.sqrt(dim) if width else None,
+        seen,
+        "silu",
+        0.9,
+        1e-5,
+        1e-5,
+    )
+    return given, wide, (0.1 * normal((batch, dim)), 0.1 * normal((batch, dim, size)))
+
+
+def put_made(room: Room, given: Any, system: Any, initial: Any) -> Any:
+    return (
+        given._replace(
+            **{n: room.give(getattr(given, n)) for n in ("mixer", "b", "c")},
+            stacked=None if given.stacked is None else room.give(given.stacked),
+        ),
+        changed(system, room.give),
+        tuple(room.give(a) for a in initial),
+    )
+
+
+OPTIONS: dict[str, Any] = {"rtol": 1e-13, "atol": 0.0, "max_iter": 2000, "damping": 1.0}
+
+
+@pytest.mark.parametrize("seen", [("mixer", "b", "c"), ("mixer",), ("c",), ()])
+def test_parameters_made_on_the_way(gpu_room: Room, seen: tuple[str, ...], rng: Any) -> None:
+    given, system, initial = made(rng, seen=seen)
+    y, last, _, _, met, kept = _mamba.solve_made(
+        *_ordered(put_made(gpu_room, given, system, initial)), keep=True, **OPTIONS
+    )
+    assert gpu_room.get(met).all()
+    before, state = initial
+    for t in range(4):
+        fed, at = (before @ given.stacked.T if seen else None), 0
+        parts = {}
+        for name in ("mixer", "b", "c"):
+            parts[name] = getattr(given, name)[:, t].copy()
+            if name in seen and fed is not None:
+                parts[name] += fed[:, at : at + parts[name].shape[1]]
+                at += parts[name].shape[1]
+        a = parts["mixer"][:, :-1]
+        u = a / (1 + np.exp(-a))
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        alpha = 0.9 / (1 + np.exp(-parts["mixer"][:, -1:]))
+        b, c = (parts[n] / np.linalg.norm(parts[n], axis=1, keepdims=True) for n in "bc")
+        step = mamba.at_step(system, t)._replace(
+            params=(u[:, None, None], alpha[:, None]), B=b[:, None], C=c[:, None]
+        )
+        found = plain.solve(step, state, rtol=1e-13)
+        np.testing.assert_allclose(gpu_room.get(y)[:, t], found.value[:, 0], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(gpu_room.get(kept.system.params[0])[:, t, 0], u, rtol=0, atol=1e-12)
+        before, state = found.value[:, 0], found.last_state
+    np.testing.assert_allclose(gpu_room.get(last), state, rtol=0, atol=1e-10)
+
+
+def _ordered(put: Any) -> Any:
+    given, system, initial = put
+    return system, given, initial
+
+
+@pytest.mark.parametrize("seen", [("mixer", "b", "c"), ("b",)])
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("few", [False, True])
+def test_the_gradient_of_parameters_made_on_the_way(
+    gpu_room: Room,
+    seen: tuple[str, ...],
+    heads: int | None,
+    few: bool,
+    rng: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if few:  # states are made again
+        monkeypatch.setattr(_mamba, "KEPT_BYTES", 2 * 2 * 40 * 5 * 8)
+        monkeypatch.setattr(_mamba, "AGAIN", (1e-13, 0.0, 1000, 1.0))
+    given, system, initial = made(rng, seen=seen, heads=heads)
+    shape = system.x.shape
+    y_bar, last_bar = rng.standard_normal(shape), rng.standard_normal(initial[1].shape)
+
+    def value(given: Any, system: Any, initial: Any) -> float:
+        put = _ordered(put_made(gpu_room, given, system, initial))
+        y, last, *_ = _mamba.solve_made(*put, keep=False, **OPTIONS)
+        return float(np.vdot(gpu_room.get(y), y_bar) + np.vdot(gpu_room.get(last), last_bar))
+
+    put = _ordered(put_made(gpu_room, given, system, initial))
+    y, *_, kept = _mamba.solve_made(*put, keep=True, **OPTIONS)
+    bars, fed_bar = _mamba.pull_made(kept, put[1], y, gpu_room.give(y_bar), gpu_room.give(last_bar))
+    found = {"mixer": bars.params, "b": bars.B, "c": bars.C}
+    for name in ("mixer", "b", "c", "x", "delta", "A", "skip", "gate", "H", "stacked"):
+        if name == "stacked":
+            past = np.concatenate([initial[0][:, None], gpu_room.get(y)[:, :-1]], axis=1)
+            point, bar = given.stacked, np.einsum("btw,btd->wd", gpu_room.get(fed_bar), past)
+        elif name == "H":
+            point, bar = initial[1], gpu_room.get(bars.initial)
+        elif name in found:
+            point, bar = getattr(given, name), gpu_room.get(found[name])
+        else:
+            point, bar = getattr(system, name), gpu_room.get(getattr(bars, name))
+        direction, slopes = rng.standard_normal(point.shape), []
+        for h in (1e-5, -1e-5):
+            moved = point + h * direction
+            if name == "H":
+                slopes.append(value(given, system, (initial[0], moved)))
+            elif name in found or name == "stacked":
+                slopes.append(value(given._replace(**{name: moved}), system, initial))
+            else:
+                slopes.append(value(given, system._replace(**{name: moved}), initial))
+        slope = (slopes[0] - slopes[1]) / 2e-5
+        assert float(np.vdot(bar, direction)) == pytest.approx(slope, rel=1e-5, abs=1e-6), name

@@ -9,8 +9,12 @@
 //
 // Channel d belongs to thread d % THREADS. The state of a step passes through memory.
 //
-// Macros: STORE; RANK; PRODUCT (Householder) 0 or 1; MODE of the norm: 0 none, 1 mean square, 2 centred; GATED, HEADS 0
-// or 1; THREADS; CHANNELS of a thread; STATES, the most that N may be.
+// The mixer, B and C are given, or made here (MADE) from what a layer's linear maps say of x_t and y_{t-1}, its arguments:
+//
+//     u_i = a / max(||a||, eps), a = act(.);  alpha = alpha_max sigmoid(.);  B, C = (.) / max(||.||, eps)
+//
+// Macros: STORE; RANK; PRODUCT (Householder) 0 or 1; MODE of the norm: 0 none, 1 mean square, 2 centred; GATED, HEADS,
+// MADE 0 or 1; ACT of the arguments: 0 none, 1 silu, 2 relu; THREADS; CHANNELS of a thread; STATES, the most that N may be.
 #pragma once
 #include "sums.cuh"
 
@@ -129,3 +133,35 @@ __device__ __forceinline__ void block_most(real& a, real& b, real* room) {
     b = most(b, room[2 * w + 1]);
   }
 }
+
+// --- arguments ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ real sigmoid(real v) { return 1 / (1 + exponential(-v)); }
+__device__ __forceinline__ real activate(real v) {
+  return ACT == 1 ? v * sigmoid(v) : ACT == 2 ? larger(v, (real)0) : v;
+}
+__device__ __forceinline__ real activate_slope(real v) {
+  if (ACT == 1) {
+    const real open = sigmoid(v);
+    return open * (1 + v * (1 - open));
+  }
+  return ACT == 2 ? (real)(v > 0) : (real)1;
+}
+
+__device__ __forceinline__ real warp_total(real v) {
+#pragma unroll
+  for (int reach = 16; reach > 0; reach /= 2) v += __shfl_xor_sync(EVERY_LANE, v, reach);
+  return v;
+}
+
+// Arguments: those of x_t for all steps, mixer (B, T, R D + R), b and c (B, T, N); and `fed` (B, width) of y_{t-1}, in which
+// each stands from `at_` on, or is missing if that is negative.
+struct Arguments {
+  const store *mixer, *b, *c, *fed;
+  int width, at_mixer, at_b, at_c;
+
+  __device__ __forceinline__ real from(const store* own, i64 row, int size, int at, i64 sequence, int k) const {
+    const real v = widen(own[row * size + k]);
+    return at < 0 ? v : v + widen(fed[sequence * width + at + k]);
+  }
+};

@@ -11,15 +11,19 @@
 // and u once, H_{t-1} and G twice (the second time from the caches), the new G once.
 #include "mamba.cuh"
 
-// As in mamba_solve.cu, one step; past, G, before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar,
-// gate_bar, delta_bar (B, D), the last for each channel whatever HEADS; B_bar, C_bar (B, N); of each block rate_bar (blocks,
-// D, N), with HEADS (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D).
+// As in mamba_solve.cu, at the step `t` alone. `more` (B, D) or null is what comes to y_bar from the next step; past, G,
+// before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar, gate_bar, delta_bar (B, T, D), the last
+// for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
+// (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
+// arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
 extern "C" __global__ void __launch_bounds__(THREADS)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
-           const store* y, const store* y_bar, i64 batch, int dim, int size, int heads, double eps, store* before,
-           store* z, store* u_bar, store* gate_bar, store* delta_bar, store* B_bar, store* C_bar, store* rate_bar,
-           store* skip_bar, store* weight_bar, store* bias_bar) {
+           const store* y, const store* y_bar, const store* more_bar, i64 batch, i64 steps, i64 t, int dim, int size,
+           int heads, double eps, store* before, store* z, store* u_bar, store* gate_bar, store* delta_bar, store* B_bar,
+           store* C_bar, store* rate_bar, store* skip_bar, store* weight_bar, store* bias_bar, const store* arguments,
+           const store* norms, int width, int at_mixer, int at_b, int at_c, double alpha_max, double unit_eps,
+           double bc_eps, store* x_bar, store* mixer_bar, store* fed_bar) {
   constexpr int FIRST = 2 * R + GRAM;
   // var; of `right` and each u: sums with the weight, and with v too; through: right, pairs, u, u v
   constexpr int WITH = 1, ALONG = WITH + R + 1, RIGHT = ALONG + R + 1, BOTH = RIGHT + R, PLAIN = BOTH + PAIRS,
@@ -29,15 +33,17 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
   real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size;  // tau, S^T U later, k
   real *first = told + 3 * R, *middle_room = first + sums_size<FIRST, THREADS>();
   real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
+  real* onto_room = last + sums_size<2 * STATES, THREADS>();
   const real channels = (real)dim;
   real rates[CHANNELS][RATES] = {}, skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
   for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
-    const Inputs in = {u + b * R * dim, x + b * dim, delta + b * (HEADS ? heads : dim), A,
-                       GATED ? gate + b * dim : nullptr, dim, size, heads};
+    const i64 row = b * steps + t;
+    const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
+                       GATED ? gate + row * dim : nullptr, dim, size, heads};
     __syncthreads();  // nobody is at the sequence before
     for (int n = threadIdx.x; n < size; n += THREADS) {
-      rowB[n] = widen(B[b * size + n]);
-      rowC[n] = widen(C[b * size + n]);
+      rowB[n] = widen(B[row * size + n]);
+      rowC[n] = widen(C[row * size + n]);
     }
     __syncthreads();
     real bc = 0;
@@ -48,7 +54,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       const int d = c * THREADS + threadIdx.x;
       r[c] = later[c] = 0;
       if (d < dim) {
-        const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[b * dim + d]);
+        const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[row * dim + d]);
         const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
         const i64 at = (b * dim + d) * size;
         for (int n = 0; n < size; ++n) {
@@ -70,7 +76,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     const real* sums = group_sums<FIRST, THREADS>(s1, first);
     if (threadIdx.x < 32) {
       real S[R][R], gap[R], seen[R], tau[R], back[R];
-      strengths(sums + 2 * R, alpha + b * R, S);
+      strengths(sums + 2 * R, alpha + row * R, S);
 #pragma unroll
       for (int i = 0; i < R; ++i) {
         gap[i] = sums[i];
@@ -95,7 +101,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       if (d < dim) {
         const real w = in.step(d) * bc + widen(skip[d]), g = in.opening(d);
         mixed[c] = widen(in.x[d]);
-        right[c] = widen(y_bar[b * dim + d]);
+        right[c] = widen(y_bar[row * dim + d]) + (more_bar ? widen(more_bar[b * dim + d]) : (real)0);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
           const real ui = in.vector(i, d);
@@ -140,7 +146,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     auto mean_along = [&](int k) { return MODE ? more[ALONG + k] / channels * scale * scale : (real)0; };
     if (threadIdx.x < 32) {
       real S[R][R], m[R][R], seen[R], k[R], column[R], out[R];
-      strengths(sums + 2 * R, alpha + b * R, S);
+      strengths(sums + 2 * R, alpha + row * R, S);
 #pragma unroll
       for (int i = 0; i < R; ++i)
         seen[i] = scale * (more[RIGHT + i] - mean_with(R) * more[PLAIN + i] - mean_along(R) * more[NORMAL + i]);
@@ -166,10 +172,11 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       with += told[2 * R + i] * mean_with(i);
       along += told[2 * R + i] * mean_along(i);
     }
-    real s3[2 * STATES] = {};
+    real s3[2 * STATES] = {}, e[CHANNELS], onto[1] = {0};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
+      e[c] = 0;
       if (d < dim) {
         real zd = right[c];
 #pragma unroll
@@ -191,19 +198,62 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
             rates[c][HEADS ? 0 : n] += bar * now * dt;
             before[at + n] = narrow(bar * decay);
           }
-        z[b * dim + d] = narrow(zd);
-        u_bar[b * dim + d] = narrow(own * o_bar + dt * fed);
-        delta_bar[b * dim + d] = narrow(mixed[c] * fed + slope);
-        if (GATED) gate_bar[b * dim + d] = narrow(v_bar * r[c]);
+        e[c] = own * o_bar + dt * fed;
+        z[row * dim + d] = narrow(zd);
+        delta_bar[row * dim + d] = narrow(mixed[c] * fed + slope);
+        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+        if constexpr (MADE)
+          onto[0] += in.vector(0, d) * e[c];
+        else
+          u_bar[row * dim + d] = narrow(e[c]);
         skips[c] += o_bar * mixed[c];
         weights[c] += zd * v[c] * scale;
         biases[c] += zd;
       }
     }
     const real* rows = group_sums<2 * STATES, THREADS>(s3, last);
-    for (int n = threadIdx.x; n < size; n += THREADS) {
-      B_bar[b * size + n] = narrow(rows[n]);
-      C_bar[b * size + n] = narrow(rows[STATES + n]);
+    if constexpr (!MADE) {
+      for (int n = threadIdx.x; n < size; n += THREADS) {
+        B_bar[row * size + n] = narrow(rows[n]);
+        C_bar[row * size + n] = narrow(rows[STATES + n]);
+      }
+    } else {
+      // Q = I - alpha u u^T:  alpha_bar = -(u . e) (u . d), u_bar = -alpha ((u . d) e + (u . e) d) with d = x - y
+      const real with_e = group_sums<1, THREADS>(onto, onto_room)[0], with_d = sums[0], strength = widen(alpha[row]);
+      const real length = widen(norms[row * 3]), inverse = 1 / larger(length, (real)unit_eps);
+      const real turn = length >= (real)unit_eps ? -2 * strength * with_d * with_e : (real)0;  // u . u_bar
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const int d = c * THREADS + threadIdx.x;
+        if (d < dim) {
+          const real ud = in.vector(0, d), gap = widen(in.x[d]) - widen(y[row * dim + d]);
+          const real bar = -strength * (with_d * e[c] + with_e * gap);
+          const real own = activate_slope(widen(arguments[row * dim + d])) * (bar - turn * ud) * inverse;
+          x_bar[row * dim + d] = narrow(e[c] - strength * with_e * ud);
+          mixer_bar[row * (dim + 1) + d] = narrow(own);
+          if (at_mixer >= 0) fed_bar[b * width + at_mixer + d] = narrow(own);
+        }
+      }
+      if (threadIdx.x == 0) {
+        const real own = -with_e * with_d * strength * (1 - strength / (real)alpha_max);
+        mixer_bar[row * (dim + 1) + dim] = narrow(own);
+        if (at_mixer >= 0) fed_bar[b * width + at_mixer + dim] = narrow(own);
+      }
+      const int lane = threadIdx.x % 32;
+      for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
+        const real *bar = rows + which * STATES, *own = which ? rowC : rowB;
+        const real its = widen(norms[row * 3 + 1 + which]);
+        real back = 0;
+        for (int n = lane; n < size; n += 32) back += own[n] * bar[n];
+        back = bc_eps >= 0 && its >= (real)bc_eps ? warp_total(back) : (real)0;
+        const real over = bc_eps >= 0 ? 1 / larger(its, (real)bc_eps) : (real)1;
+        const int at = which ? at_c : at_b;
+        for (int n = lane; n < size; n += 32) {
+          const real found = (bar[n] - back * own[n]) * over;
+          (which ? C_bar : B_bar)[row * size + n] = narrow(found);
+          if (at >= 0) fed_bar[b * width + at + n] = narrow(found);
+        }
+      }
     }
   }
 #pragma unroll
@@ -211,12 +261,15 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     const int d = c * THREADS + threadIdx.x;
     if (d < dim) {
       const i64 at = (i64)blockIdx.x * dim + d;
-      skip_bar[at] = narrow(skips[c]);
-      weight_bar[at] = narrow(weights[c]);
-      bias_bar[at] = narrow(biases[c]);
+      skip_bar[at] = narrow(widen(skip_bar[at]) + skips[c]);
+      weight_bar[at] = narrow(widen(weight_bar[at]) + weights[c]);
+      bias_bar[at] = narrow(widen(bias_bar[at]) + biases[c]);
 #pragma unroll
       for (int n = 0; n < RATES; ++n)
-        if (HEADS || n < size) rate_bar[HEADS ? at : at * size + n] = narrow(rates[c][n]);
+        if (HEADS || n < size) {
+          store* to = rate_bar + (HEADS ? at : at * size + n);
+          *to = narrow(widen(*to) + rates[c][n]);
+        }
     }
   }
 }

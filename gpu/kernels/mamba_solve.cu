@@ -131,29 +131,87 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 }
 
 // u (B, T, R, D), alpha (B, T, R); x, gate, y (B, T, D); delta (B, T, D) or (B, T, heads); A (D, N) or (heads); B, C (B, T,
-// N); skip, weight, bias (D), bias null for zero; state (B, D, N) comes as H_0 and leaves as the last; met (B).
-// Shared memory: 2 N, then R + R + 4, then the sums of both rounds.
+// N); skip, weight, bias (D), bias null for zero; before (B, D, N) is the state before step `from`, and state will be that
+// before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
+// arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
+// Shared memory: 2 N, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
 extern "C" __global__ void __launch_bounds__(THREADS)
-mamba_solve(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
-            const store* C, const store* skip, const store* gate, const store* weight, const store* bias, store* state,
-            store* y, i64 steps, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
-            double damping, i64* iterations, double* residual, unsigned char* met) {
+mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
+            const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
+            store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
+            double damping, i64* iterations, double* residual, unsigned char* met, const store* mixer_arguments,
+            const store* b_arguments, const store* c_arguments, const store* fed, int width, int at_mixer, int at_b,
+            int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms) {
   constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
   SHARED(memory);
   real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size, *room = told + 2 * R + 4;
   real *first = room + 2 * (THREADS / 32), *second = first + sums_size<FIRST, THREADS>();
+  real* lengths = second + sums_size<SECOND, THREADS>();
   const i64 b = blockIdx.x;
   const real channels = (real)dim;
-  i64 worst = 0;
-  real left = 0;
-  bool fine = true;
-  for (i64 t = 0; t < steps; ++t) {
+  i64 worst = from ? iterations[b] : 0;
+  real left = from ? (real)residual[b] : (real)0;
+  bool fine = from ? met[b] : true;
+  __syncthreads();  // thread 0 will overwrite them
+  for (i64 t = from; t < to; ++t) {
     const i64 row = b * steps + t;
     const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
                        GATED ? gate + row * dim : nullptr, dim, size, heads};
-    for (int n = threadIdx.x; n < size; n += THREADS) {
-      rowB[n] = widen(B[row * size + n]);
-      rowC[n] = widen(C[row * size + n]);
+    if constexpr (MADE) {
+      const Arguments of = {mixer_arguments, b_arguments, c_arguments, fed, width, at_mixer, at_b, at_c};
+      real squares[R] = {}, made[CHANNELS][R];
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const int d = c * THREADS + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          made[c][i] = 0;
+          if (d < dim) {
+            const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, i * dim + d);
+            if (arguments) arguments[(row * R + i) * dim + d] = narrow(argument);
+            made[c][i] = activate(argument);
+            squares[i] += made[c][i] * made[c][i];
+          }
+        }
+      }
+      const real* sums = group_sums<R, THREADS>(squares, lengths);
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        const real length = sqrt(sums[i]), inverse = 1 / larger(length, (real)unit_eps);
+        if (norms && threadIdx.x == 0) norms[row * (R + 2) + i] = narrow(length);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+          const int d = c * THREADS + threadIdx.x;
+          if (d < dim) u[(row * R + i) * dim + d] = narrow(made[c][i] * inverse);
+        }
+      }
+      if (threadIdx.x < R) {
+        const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, R * dim + threadIdx.x);
+        alpha[row * R + threadIdx.x] = narrow((real)alpha_max * sigmoid(argument));
+      }
+      const int lane = threadIdx.x % 32;
+      for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
+        real total = 0;
+        store* to_memory = which ? C : B;
+        real* to_row = which ? rowC : rowB;
+        for (int n = lane; n < size; n += 32) {
+          const real v = of.from(which ? of.c : of.b, row, size, which ? of.at_c : of.at_b, b, n);
+          to_row[n] = v;
+          total += v * v;
+        }
+        const real length = bc_eps < 0 ? (real)1 : sqrt(warp_total(total));
+        const real inverse = bc_eps < 0 ? (real)1 : 1 / larger(length, (real)bc_eps);
+        if (norms && lane == 0) norms[row * (R + 2) + R + which] = narrow(length);
+        for (int n = lane; n < size; n += 32) {
+          to_row[n] *= inverse;
+          to_memory[row * size + n] = narrow(to_row[n]);
+        }
+      }
+    } else {
+      for (int n = threadIdx.x; n < size; n += THREADS) {
+        rowB[n] = widen(B[row * size + n]);
+        rowC[n] = widen(C[row * size + n]);
+      }
     }
     __syncthreads();
     real bc = 0;
@@ -166,10 +224,11 @@ mamba_solve(const store* u, const store* alpha, const store* x, const store* del
       if (d < dim) {
         const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
         store* h = state + (b * dim + d) * size;
+        const store* past = t == from ? before + (b * dim + d) * size : h;
         const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
         real r = 0;
         for (int n = 0; n < size; ++n) {
-          const real now = widen(h[n]) * (HEADS ? whole : exponential(dt * in.rate(d, n)));
+          const real now = widen(past[n]) * (HEADS ? whole : exponential(dt * in.rate(d, n)));
           h[n] = narrow(now);
           r += now * rowC[n];
         }
