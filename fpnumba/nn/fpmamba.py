@@ -193,7 +193,7 @@ class FPMamba(MatrixStateLayer):
             xz = xz + params["in_proj.bias"]
         raw, z = np.ascontiguousarray(xz[:, :inner]).reshape(shape), xz[:, inner:].reshape(shape)
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
-        projected = (rows(seen) @ params["x_proj.weight"].T).reshape(*x.shape[:2], -1)
+        projected = (rows(seen) @ params["x_proj.weight"].T).reshape(*x.shape[:2], self.dt_rank + 2 * size)
         cuts = np.cumsum([self.dt_rank, size])
         dt, b, c = (np.ascontiguousarray(piece) for piece in np.split(projected, cuts, axis=-1))
 
@@ -348,7 +348,7 @@ class FPMamba2(MatrixStateLayer):
             projected = projected + params["in_proj.bias"]
         cuts = np.cumsum([inner, self._mixed])
         z, raw, dt = (
-            np.ascontiguousarray(piece).reshape(*x.shape[:2], -1)
+            np.ascontiguousarray(piece).reshape(*x.shape[:2], piece.shape[1])
             for piece in np.split(projected, cuts, axis=1)
         )
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)

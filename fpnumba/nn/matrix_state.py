@@ -49,7 +49,9 @@ class Steps:
     def delta(self, argument: Array) -> Array:
         """``delta (B, T, D)`` or ``(B, T, H)``."""
         raw = argument if self.weight is None else argument @ self.weight.T
-        delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
+        # what is not finite is told of in the solve's status
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
         return delta
 
 
