@@ -22,6 +22,15 @@ class MatrixSolution(Solution):
     ----------
     last_state : array (..., D, N)
         The ``initial`` of a call that goes on.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fpnumba as fp
+    >>> ones = np.ones((3, 2))
+    >>> same = fp.mixers.Fixed(np.eye(2))
+    >>> fp.fixed_point_mamba(same, ones, ones, -ones[:2], ones, ones, norm=None).last_state.shape
+    (2, 2)
     """
 
     last_state: Array = None

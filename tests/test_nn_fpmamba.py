@@ -301,3 +301,77 @@ def test_refusals_name_the_argument(options, message):
         nn.FPMamba(4, **options)
     with pytest.raises(ValueError, match="head_dim must divide"):
         nn.FPMamba2(4, head_dim=3)
+
+
+# Where an iteration wanders for hundreds of steps, rounding decides where it goes: those are cut short.
+SHORT = {"train": True, "max_iter": 12}
+PUBLISHED = {
+    "defaults": {"train": False},
+    "symmetric, factored, gate inside": {
+        "symm_mixer": True,
+        "mixer_proj_rank": 3,
+        "glu_in_loop": True,
+        **SHORT,
+    },
+    "input only, convolution, training": {"mixer_h_dep": False, "use_short_conv": True, "train": True},
+    "gate inside, three differentiated steps": {
+        "glu_in_loop": True,
+        "use_short_conv": True,
+        "n_backwards": 3,
+        **SHORT,
+    },
+    "seven iterations": {"train": True, "max_iter": 7, "convergence_threshold": -1.0, "bias": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("householderproduct", 1),
+        ("householderproduct", 3),
+        ("dplr", 2),
+        ("kronecker", 1),
+        ("monarch", 4),
+        ("nonselective", 1),
+    ],
+)
+@pytest.mark.parametrize("options", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_layer_against_torch(kind, rank, options, rng):
+    pytest.importorskip("torch", reason="torch is the oracle of this test")
+    import torch_twin
+
+    config = {
+        "mixer_type": kind,
+        "mixer_rank": rank,
+        "d_state": 3,
+        "convergence_threshold": 0.1,
+        "max_iter": 100,
+        "norm_eps": 1e-6,
+        "use_short_conv": False,
+        "mixer_h_dep": True,
+        "symm_mixer": False,
+        "glu_in_loop": False,
+        "n_backwards": 1,
+    } | {name: value for name, value in options.items() if name != "train"}
+    meta = {"cls": "FPMamba", "d_model": 8, "train": options.get("train", False), "config": config}
+    state = nn.FPMamba(8, **nn.official.mamba_options(config)).init(rng, np.float64)
+    state = {name: value + 0.1 * rng.standard_normal(value.shape) for name, value in state.items()}
+    # where the two libraries round the exponential alike
+    state["A_log"] = np.log(np.broadcast_to([1.0, 2.0, 3.0], (16, 3))).astype(np.float32).astype(np.float64)
+    base = "mixer.q_proj.parametrizations.weight.0.base"
+    if kind == "nonselective":
+        state[base] = np.linalg.qr(rng.standard_normal((16, 16)))[0]
+    x, cotangent = rng.standard_normal((2, 4, 7, 8))
+    y, x_bar, params_bar, count = torch_twin.case(meta, state, x, cotangent)
+    layer, params = nn.from_official(meta, state)
+    record = []
+    with fp.arrays.use_room("reference"):
+        found, pullback = layer.vjp(params, x, record=record)
+        found_bar, found_x_bar = pullback(cotangent)
+    assert record[0].iterations.max() == count
+    np.testing.assert_allclose(found, y, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found_x_bar, x_bar, rtol=0, atol=1e-8)
+    params_bar.pop(base, None)
+    for name, bar in params_bar.items():
+        atol = 1e-6 if name in ("A_log", "D", "dt_proj.bias") else 1e-8
+        np.testing.assert_allclose(found_bar[name], bar, rtol=1e-7, atol=atol * (1 + np.abs(bar).max()))

@@ -111,7 +111,11 @@ class MatrixCell:
 
         gate = None if self.gate is None else cut(self.gate)
         base = {name: cut(array) for name, array in self.base.items()}
-        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready={})
+        ready = {}
+        if "lambda" not in self.feedback:
+            # of all steps at once
+            ready["lambda"] = cut(self._once("lambda", lambda: self.steps.delta(self.base["lambda"])))
+        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready=ready)
 
     def before(self, y: Array) -> Array:
         """``y_{t-1}`` for every ``t``."""
