@@ -13,6 +13,7 @@ from typing import Any
 
 from fpnumba import arrays, mixers
 from fpnumba.dotproduct import AdjointError, AdjointReport, check_adjoint
+from fpnumba.mamba import MatrixSolution, fixed_point_mamba
 from fpnumba.rnn import fixed_point_rnn
 from fpnumba.scan import linear_scan, selective_scan
 from fpnumba.solve import Adjoint, ConvergenceError, ConvergenceWarning, Solution, Solver, Status
@@ -25,12 +26,14 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Cotangents",
+    "MatrixSolution",
     "Solution",
     "Solver",
     "Status",
     "__version__",
     "arrays",
     "check_adjoint",
+    "fixed_point_mamba",
     "fixed_point_rnn",
     "linear_scan",
     "mixers",

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, TypeAlias
 
 from fpnumba.arrays import Array, Checked, Float
+from fpnumba.mamba import MatrixProblem, MatrixSolution, fixed_point_mamba
 from fpnumba.mixers import Mixer
 from fpnumba.rnn import Problem, fixed_point_rnn
 from fpnumba.scan import (
@@ -248,6 +249,51 @@ def _fixed_point_rnn(
                 call.back_to("x", x_bar),
             ),
             _given(call, gate=gate_bar, initial=initial_bar),
+            how,
+        )
+
+    return solution, pullback
+
+
+@_adjoint_of("fixed_point_mamba", fixed_point_mamba)
+def _fixed_point_mamba(
+    mixer: Mixer,
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    /,
+    *,
+    D: Array | None = None,
+    gate: Array | None = None,
+    norm: str | None = "layer",
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    initial: Array | None = None,
+    solver: Solver = Solver(),  # noqa: B008 - frozen
+    adjoint: Adjoint = Adjoint(),  # noqa: B008 - frozen
+) -> tuple[MatrixSolution, Pullback]:
+    """Section 6, step by step backward in time; the last state has no cotangent here."""
+    given = {"D": D, "gate": gate, "weight": weight, "bias": bias, "initial": initial}
+    problem = MatrixProblem.of(
+        mixer, x, delta, A, B, C, norm=norm, eps=eps, solver=solver, adjoint=adjoint, **given
+    )
+    solution, y = problem.solve(solver)
+    call = problem.call
+
+    def pullback(out_bar: Array) -> Cotangents:
+        bars, how = problem.pull_back(y, call.take("out_bar", out_bar, solution.value.shape), adjoint)
+        named = {"x": bars.x, "delta": bars.delta, "A": bars.A, "B": bars.B, "C": bars.C}
+        return Cotangents(
+            (
+                _mixer_bar(call, mixer, bars.params, "mixer."),
+                *(call.back_to(name, bar) for name, bar in named.items()),
+            ),
+            _given(
+                call, D=bars.skip, gate=bars.gate, weight=bars.weight, bias=bars.bias, initial=bars.initial
+            ),
             how,
         )
 

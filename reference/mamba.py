@@ -51,6 +51,8 @@ _THIS = _Doors(scan, mixers)
 # the iteration reaches from zero. So Newton's method takes over only where the geometric series of the iteration has
 # less than this of the size of ``y`` left, and may not go much further than that.
 NEAR = 1e-3
+# An iteration that goes back and forth, so many times without getting closer, is damped by half.
+PATIENCE = 4
 
 
 class Norm(NamedTuple):
@@ -365,8 +367,9 @@ def _solve_step(
     met, moving = np.zeros(lead, bool), np.ones(lead, bool)
     before, ratio, last = (np.full(lead, np.inf) for _ in range(3))
     new = normalize(step.norm, _inner(step, y))
+    factor, swings, change = np.full(lead, damping), np.zeros(lead, int), np.zeros_like(y)
     for _ in range(max_iter):
-        change = new - y
+        previous, change = change, new - y
         moved, size = _largest(change), np.maximum(_largest(y), _largest(new))
         iterations += moving
         residual = np.where(moving, moved / np.maximum(size, float(np.finfo(y.dtype).tiny)), residual)
@@ -379,7 +382,12 @@ def _solve_step(
         known = np.isfinite(before)
         last, ratio = np.where(known, ratio, last), np.where(known, moved / np.where(known, before, 1), ratio)
         before = moved
-        proposal = y + y.dtype.type(damping) * change
+        swings += moving & ((change * previous).sum(-1) < 0) & (ratio > 0.98)
+        factor, swings = (
+            np.where(swings >= PATIENCE, factor / 2, factor),
+            np.where(swings >= PATIENCE, 0, swings),
+        )
+        proposal = y + factor[..., None].astype(y.dtype) * change
         after = normalize(step.norm, _inner(step, proposal))
         steady = moving & (ratio < 1) & (last < 1) & (moved <= NEAR * (1 - ratio) * size)
         if steady.any():
@@ -431,7 +439,7 @@ def solve(
     max_iter : int
         Most iterations of a step.
     damping : float
-        Step size where Newton's method does not help.
+        Step size of the iteration, halved where it goes back and forth.
 
     Returns
     -------

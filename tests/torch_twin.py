@@ -117,13 +117,13 @@ def orthogonal(state):
     return state["mixer.q_proj.parametrizations.weight.0.base"] @ torch.matrix_exp(x - x.mT)
 
 
-def mix(config, state, p, v):
+def mix(config, state, p, v, spectral=True):
     kind, rank, eps = config["mixer_type"], config["mixer_rank"], config["norm_eps"]
     if kind in ("householderproduct", "dplr"):
         product = kind == "householderproduct"
         return low_rank(state, "mixer.", p, v, rank=rank, eps=eps, product=product)
     if kind == "kronecker":
-        return kronecker(state, "mixer.", p, v, eps=eps, spectral=True)
+        return kronecker(state, "mixer.", p, v, eps=eps, spectral=spectral)
     if kind == "monarch":
         return monarch(state, p, v, block=rank, eps=eps)
     if kind == "selectivedense":
@@ -185,26 +185,72 @@ def forward(meta, state, x):
     return y @ state["output_trans.weight"].T, count
 
 
-def iterate(meta, step, h):
-    """The published loop with a step size of one: the lowest residual of each sequence, a quantile over the
-    batch."""
+def iterate(meta, step, h, *, damping=1.0, decay=1.0, level=0.9):
+    """The published loop: the lowest residual of each sequence, a quantile over the batch, step sizes that decay after
+    15 iterations without a lower one."""
     train, config = meta["train"], meta["config"]
-    limit, level = (config["max_iter"], 0.9) if train else (1000, 1.0)
+    limit, level = (config["max_iter"], level) if train else (1000, 1.0)
     lowest = torch.full((len(h),), math.inf, dtype=h.dtype)
+    sizes, patience = torch.full_like(lowest, damping), torch.full_like(lowest, 15)
     count = 0
     while True:
         new = step(h)
         residual = ((h - new).abs().amax(-1) / (new.abs().amax(-1) + 1e-8)).amax(-1)
-        lowest, h, count = torch.minimum(lowest, residual), new, count + 1
-        if torch.quantile(lowest, level) < config["convergence_threshold"] or count >= limit:
+        patience = torch.where(residual < lowest, 15, patience - 1)
+        h, count = h + sizes[:, None, None] * (new - h), count + 1
+        lowest = torch.minimum(lowest, residual)
+        sizes = torch.where(patience == 0, sizes * decay, sizes)
+        patience = torch.where(patience == 0, 15, patience)
+        done = torch.quantile(lowest, level) < config["convergence_threshold"] or sizes.max() < 1e-3
+        if done or count >= limit:
             return h, count
+
+
+def forward_mamba(meta, state, x):
+    """The same of the layer with a matrix state, which keeps some numbers in single precision."""
+    config, eps = meta["config"], meta["config"]["norm_eps"]
+    inner, size = state["A_log"].shape
+    x, z = F.linear(x, state["in_proj.weight"], state.get("in_proj.bias")).split(inner, dim=-1)
+    if config["use_short_conv"]:
+        x = conv({f"conv1d_.{n}": state[f"conv1d.{n}"] for n in ("weight", "bias")}, "", x)
+    rank = state["dt_proj.weight"].shape[1]
+    dt, b_x, c_x = (x @ state["x_proj.weight"].T).split([rank, size, size], dim=-1)
+    delta = F.softplus(dt @ state["dt_proj.weight"].T + state["dt_proj.bias"].float().double())
+    A, skip = -torch.exp(state["A_log"].float()).double(), state["D"].float().double()
+
+    def step(y):
+        p = x
+        if config["mixer_h_dep"] and config["symm_mixer"]:
+            p = p + shift(y)
+        elif config["mixer_h_dep"]:
+            p = torch.cat([p, shift(y)], dim=-1)
+        u = mix(config, state, p, x - y, spectral=False) + y
+        b_y, c_y = linear(state, "bc_y_proj", shift(y)).split(size, dim=-1)
+        b, c = F.normalize(b_x + b_y, dim=-1, eps=eps), F.normalize(c_x + c_y, dim=-1, eps=eps)
+        held, out = torch.zeros_like(u[:, 0, :, None] * b[:, 0, None]), []
+        for t in range(u.shape[1]):
+            drive = (delta[:, t] * u[:, t])[..., None] * b[:, t, None]
+            held = torch.exp(delta[:, t, :, None] * A) * held + drive
+            out.append((held * c[:, t, None]).sum(-1) + skip * u[:, t])
+        o = torch.stack(out, dim=1)
+        if config["glu_in_loop"]:
+            o = o * F.silu(z)
+        return F.layer_norm(o, (inner,), state["out_norm.weight"], state["out_norm.bias"], eps)
+
+    with torch.no_grad():
+        y, count = iterate(meta, step, torch.zeros_like(x), damping=0.99, decay=0.9, level=0.75)
+    for _ in range(config["n_backwards"]):
+        y = step(y)
+    if not config["glu_in_loop"]:
+        y = F.silu(z + linear(state, "z_y_proj", shift(y))) * y
+    return F.linear(y, state["out_proj.weight"], state.get("out_proj.bias")), count
 
 
 def case(meta, state, x, cotangent):
     """Output, one-step gradients and iterations, as NumPy arrays."""
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in state.items()}
     x = torch.tensor(x, requires_grad=True)
-    y, count = forward(meta, tensors, x)
+    y, count = (forward if meta["cls"] == "FPRNN" else forward_mamba)(meta, tensors, x)
     y.backward(torch.tensor(cotangent))
     grads = {name: tensor.grad for name, tensor in tensors.items()}
     return (

@@ -19,6 +19,7 @@ from fpnumba.cpu._kinds import BLOCK, mix, mix_transpose, pull
 
 # As in `fpnumba.reference.mamba`.
 NEAR = 1e-3
+PATIENCE = 4
 
 
 @kernel
@@ -158,7 +159,7 @@ def times(S, x, out):
 def iterate_small(e, G, f, pq, qq, pp, eps, mode, S, tolerance, max_iter, damping, sigma, small, m):
     """From ``sigma = 0``: iterate, and near the fixed point use Newton's method. Returns the number of iterations.
 
-    `small` holds five vectors, the first ``tau`` at the end.
+    `small` holds six vectors, the first ``tau`` at the end.
     """
     rank = sigma.size
     tau, new, jump, there, gt = small[0], small[1], small[2], small[3], small[4]
@@ -167,11 +168,16 @@ def iterate_small(e, G, f, pq, qq, pp, eps, mode, S, tolerance, max_iter, dampin
         sigma[i] = 0.0
         tau[i] = 0.0
     inverse = small_map(e, G, f, pq, qq, pp, eps, mode, tau, new)
-    count = 0
+    count, swings = 0, 0
+    past = small[5]
+    for i in range(rank):
+        past[i] = 0.0
     while True:
         count += 1
-        moved, size = 0.0, 0.0
+        moved, size, along = 0.0, 0.0, 0.0
         for i in range(rank):
+            along += past[i] * (new[i] - sigma[i])
+            past[i] = new[i] - sigma[i]
             moved = max(moved, abs(new[i] - sigma[i]))
             size = max(size, abs(new[i]), abs(sigma[i]))
         done = moved <= tolerance * size or count >= max_iter or not math.isfinite(moved)
@@ -180,6 +186,10 @@ def iterate_small(e, G, f, pq, qq, pp, eps, mode, S, tolerance, max_iter, dampin
         else:
             last, ratio = ratio, moved / before
         before = moved
+        if along < 0 and ratio > 0.98:
+            swings += 1
+        if swings >= PATIENCE:
+            damping, swings = damping / 2, 0
         if not done and ratio < 1 and last < 1 and moved <= NEAR * (1 - ratio) * size:
             # (I - F' S) jump = new - sigma
             for i in range(rank):
@@ -255,8 +265,9 @@ def solve_steps(
     rank, kind = alpha.shape[2], x.dtype.type
     rows = np.zeros((2, BLOCK, dim), x.dtype)
     d, out, work = rows[0], rows[1], np.empty(work_size, x.dtype)
-    scratch = np.empty((6, dim), x.dtype)
+    scratch = np.empty((7, dim), x.dtype)
     r, w, v, n, held, weighted = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
+    past = scratch[6]
     q, mq = np.empty((rank, dim), x.dtype), np.empty(rank)
     S, G, qq, m = (
         np.empty((rank, rank)),
@@ -269,10 +280,9 @@ def solve_steps(
         np.empty(rank),
         np.empty(rank),
         np.empty(rank),
-        np.empty((5, rank)),
+        np.empty((6, rank)),
     )
     unit = float(np.finfo(x.dtype).eps)
-    step_size = kind(damping)
     for b in range(first, last):
         for t in range(steps):
             xt, yt, bt, ct, dt, zt = x[b, t], y[b, t], B[b, t], C[b, t], delta[b, t], gate[b, t]
@@ -351,6 +361,9 @@ def solve_steps(
                     for k in range(dim):
                         held[k] += two * ui[k]
             else:
+                step_size, swings, before = kind(damping), 0, np.inf
+                for i in range(dim):
+                    past[i] = kind(0)
                 while True:
                     for i in range(dim):
                         d[0, i] = xt[i] - yt[i]
@@ -368,13 +381,21 @@ def solve_steps(
                         break
                     count += 1
                     normal(v, mode, eps, n)
-                    far, top = kind(0), kind(0)
+                    far, top, along = kind(0), kind(0), kind(0)
                     for i in range(dim):
                         change = weight[i] * n[i] + bias[i] - yt[i]
+                        along += change * past[i]
+                        past[i] = change
                         far = max(far, abs(change))
                         top = max(top, abs(yt[i]), abs(yt[i] + change))
-                        yt[i] += step_size * change
                     moved, size = float(far), float(top)
+                    if along < 0 and moved > 0.98 * before:
+                        swings += 1
+                    if swings >= PATIENCE:
+                        step_size, swings = step_size / kind(2), 0
+                    before = moved
+                    for i in range(dim):
+                        yt[i] += step_size * past[i]
                     if not math.isfinite(float(dot(yt, yt))):
                         moved = np.nan
             for i in range(dim):
@@ -440,9 +461,9 @@ def pull_step(
     rows = np.zeros((3, BLOCK, dim), x.dtype)
     d, e, out, work = rows[0], rows[1], rows[2], np.empty(work_size, x.dtype)
     now = np.empty((dim, size), x.dtype)
-    scratch = np.empty((9, dim), x.dtype)
+    scratch = np.empty((10, dim), x.dtype)
     r, o, held, n, later, rhs = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
-    v_bar, through, ones = scratch[6], scratch[7], scratch[8]
+    v_bar, through, ones, last_change = scratch[6], scratch[7], scratch[8], scratch[9]
     S, m = np.empty((rank, rank)), np.empty((rank, rank))
     k, seen, left = np.empty(rank), np.empty(rank), np.empty((rank, dim), x.dtype)
     unit = float(np.finfo(x.dtype).eps)
@@ -505,18 +526,27 @@ def pull_step(
         else:
             for i in range(dim):
                 zb[i] = rhs[i]
-            count = 0
+                last_change[i] = kind(0)
+            count, swings, before, step_size = 0, 0, np.inf, kind(1)
             while True:
                 normal_vjp(n, scale, mode, weight, zb, v_bar)
                 for i in range(dim):
                     e[0, i] = through[i] * v_bar[i]
                 mix_transpose(p, b, t, 1, e, out, work)
-                far, top = kind(0), kind(0)
+                far, top, along = kind(0), kind(0), kind(0)
                 for i in range(dim):
-                    value = rhs[i] + e[0, i] - out[0, i]
-                    far = max(far, abs(value - zb[i]))
-                    top = max(top, abs(value))
-                    zb[i] = value
+                    change = rhs[i] + e[0, i] - out[0, i] - zb[i]
+                    along += change * last_change[i]
+                    last_change[i] = change
+                    far = max(far, abs(change))
+                    top = max(top, abs(zb[i] + change))
+                if along < 0 and float(far) > 0.98 * before:
+                    swings += 1
+                if swings >= PATIENCE:
+                    step_size, swings = step_size / kind(2), 0
+                before = float(far)
+                for i in range(dim):
+                    zb[i] += step_size * last_change[i]
                 count += 1
                 if not math.isfinite(float(dot(zb, zb))):
                     met[b] = False

@@ -2,6 +2,7 @@
 
 from fpnumba.nn import schedules
 from fpnumba.nn.basic import Embedding, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
+from fpnumba.nn.diagnostics import GradientDiagnostics, gradient_diagnostics
 from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
 from fpnumba.nn.losses import accuracy, cross_entropy, cross_entropy_vjp
@@ -15,6 +16,7 @@ __all__ = [
     "Embedding",
     "FPMamba",
     "FPMamba2",
+    "GradientDiagnostics",
     "LayerNorm",
     "Linear",
     "Model",
@@ -26,5 +28,6 @@ __all__ = [
     "cross_entropy_vjp",
     "from_official",
     "global_norm",
+    "gradient_diagnostics",
     "schedules",
 ]

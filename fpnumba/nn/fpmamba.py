@@ -169,7 +169,8 @@ class FPMamba(MatrixStateLayer):
         dtype = skip.dtype
         if self.single_rates:
             A_log, skip, step_bias = (array.astype(np.float32) for array in (A_log, skip, step_bias))
-        A = -np.exp(A_log).astype(dtype)
+        # rounded once: exponentials in single precision differ in their last digit from library to library
+        A = -np.exp(A_log.astype(np.float64)).astype(A_log.dtype).astype(dtype)
         steps = Steps(params["dt_proj.weight"], step_bias.astype(dtype))
         return A, skip.astype(dtype), steps, norm, self.norm_eps if self.bc_norm else None
 
@@ -193,7 +194,7 @@ class FPMamba(MatrixStateLayer):
             xz = xz + params["in_proj.bias"]
         raw, z = np.ascontiguousarray(xz[:, :inner]).reshape(shape), xz[:, inner:].reshape(shape)
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
-        projected = (rows(seen) @ params["x_proj.weight"].T).reshape(*x.shape[:2], -1)
+        projected = (rows(seen) @ params["x_proj.weight"].T).reshape(*x.shape[:2], self.dt_rank + 2 * size)
         cuts = np.cumsum([self.dt_rank, size])
         dt, b, c = (np.ascontiguousarray(piece) for piece in np.split(projected, cuts, axis=-1))
 
@@ -348,7 +349,7 @@ class FPMamba2(MatrixStateLayer):
             projected = projected + params["in_proj.bias"]
         cuts = np.cumsum([inner, self._mixed])
         z, raw, dt = (
-            np.ascontiguousarray(piece).reshape(*x.shape[:2], -1)
+            np.ascontiguousarray(piece).reshape(*x.shape[:2], piece.shape[1])
             for piece in np.split(projected, cuts, axis=1)
         )
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)

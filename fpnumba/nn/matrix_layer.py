@@ -53,6 +53,7 @@ class Folded:
     stacked: Array | None
     fixed: Mixer | None
     w_z: Array | None
+    rates: tuple[Array, Array, Steps, Norm, float | None]
 
 
 class MatrixStateLayer(FixedPointLayer):
@@ -142,14 +143,17 @@ class MatrixStateLayer(FixedPointLayer):
         parts = [feedback[name] for name in SEGMENTS if name in feedback]
         stacked = np.ascontiguousarray(np.concatenate(parts)) if parts else None
         w_z = weight_of("z_y_proj", self.weight_norm, params) if self.gate != "inside" else None
-        return Folded(weights, feedback, stacked, fixed, w_z)
+        return Folded(weights, feedback, stacked, fixed, w_z, self._rates(params))
 
     def _folded(self, params: Params, dtype: DTypeLike) -> Folded:
         """:meth:`_fold`, kept from one step of decoding to the next.
 
         As long as the arrays are the same, and a sample of the numbers in them.
         """
-        arrays = [params[name] for name in sorted(params) if "_y_proj" in name or name.startswith("mixer.")]
+        # all but the projections of input and output, which are used as they are
+        arrays = [
+            array for name, array in params.items() if not name.startswith(("in_proj", "out_proj", "x_proj"))
+        ]
         sample = np.concatenate([a.reshape(-1)[:: max(a.size // 16, 1)] for a in arrays] or [np.zeros(0)])
         if self._kept is not None:
             before, then, folded = self._kept
@@ -161,7 +165,7 @@ class MatrixStateLayer(FixedPointLayer):
         return folded
 
     def _cell(self, params: Params, folded: Folded, front: Front, state: State) -> MatrixCell:
-        A, skip, steps, norm, bc_eps = self._rates(params)
+        A, skip, steps, norm, bc_eps = folded.rates
         inner = self.d_inner
         initial = (
             np.ascontiguousarray(state["y"]).reshape(-1, inner),

@@ -49,7 +49,9 @@ class Steps:
     def delta(self, argument: Array) -> Array:
         """``delta (B, T, D)`` or ``(B, T, H)``."""
         raw = argument if self.weight is None else argument @ self.weight.T
-        delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
+        # what is not finite is told of in the solve's status
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
         return delta
 
 
@@ -109,7 +111,11 @@ class MatrixCell:
 
         gate = None if self.gate is None else cut(self.gate)
         base = {name: cut(array) for name, array in self.base.items()}
-        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready={})
+        ready = {}
+        if "lambda" not in self.feedback:
+            # of all steps at once
+            ready["lambda"] = cut(self._once("lambda", lambda: self.steps.delta(self.base["lambda"])))
+        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready=ready)
 
     def before(self, y: Array) -> Array:
         """``y_{t-1}`` for every ``t``."""
