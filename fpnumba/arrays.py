@@ -180,6 +180,11 @@ def host_room() -> Room:
     return room()
 
 
+def served_by(array: Any) -> Room:
+    """The GPU room on the device of one of CuPy's arrays."""
+    return _room_of("gpu", int(array.device.id))
+
+
 @contextmanager
 def use_room(name: str) -> Iterator[Room]:
     """Let another room serve the calls inside a ``with`` block, in this thread and this context.

@@ -17,19 +17,25 @@ from fpnumba.reference.mamba import Bars, Norm, Solved, System, normalize, norma
 from fpnumba.reference.solve import CONVERGED, DIVERGED, MAX_ITER, NONFINITE_INPUT
 
 __all__ = [
+    "Arguments",
     "Bars",
     "Norm",
     "Solved",
     "System",
     "application_vjp",
     "iterate",
+    "makes",
     "normalize",
     "normalize_vjp",
+    "pull_made",
     "pullback",
     "solve",
+    "solve_made",
 ]
 
 Array = Any
+
+Arguments, makes = _mamba.Arguments, _mamba.makes
 
 # Steps between two states that a pullback keeps.
 SPAN = 16
@@ -177,6 +183,74 @@ def _solve_step(
     finally:
         watch.close()
     return y, count, residual, met
+
+
+def solve_made(
+    system: System,
+    given: Arguments,
+    initial: tuple[Array, Array],
+    *,
+    keep: bool,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int = 1000,
+    damping: float = 1.0,
+) -> tuple[Array, Array, tuple[Array, Array, Array], Any]:
+    """`solve` where the mixer, of rank one, ``B`` and ``C`` of step ``t`` are made from arguments and ``y_{t-1}``.
+
+    Parameters
+    ----------
+    system : System
+        Its parameters, ``B`` and ``C`` are written.
+    given : Arguments
+    initial : pair of arrays
+        ``y_0 (B, D)`` and ``H_0 (B, D, N)``.
+    keep : bool
+        Whether `pull_made` will follow.
+    rtol, atol, max_iter, damping
+        As of `solve`.
+
+    Returns
+    -------
+    y : (B, T, D) array
+    last_state : (B, D, N) array
+    solved : tuple of arrays
+        Iterations, residual and status of each sequence.
+    made
+        For `pull_made`.
+    """
+    options = {"rtol": float(rtol), "atol": float(atol), "max_iter": int(max_iter), "damping": float(damping)}
+    y, state, iterations, residual, met, made = _mamba.solve_made(
+        system, given, initial, keep=keep, **options
+    )
+    status = _status(system, initial[1], y, state, met)
+    return y, state, (iterations, residual, status), made
+
+
+def pull_made(
+    made: Any, given: Arguments, y: Array, y_bar: Array, last_bar: Array | None
+) -> tuple[Bars, Array, Array]:
+    """The exact gradient behind `solve_made`.
+
+    Parameters
+    ----------
+    made, given
+        Of `solve_made`.
+    y, y_bar : (B, T, D) arrays
+    last_bar : (B, D, N) array or None
+
+    Returns
+    -------
+    bars : Bars
+        ``params``, ``B`` and ``C`` are the cotangents of ``given.mixer``, ``given.b`` and ``given.c``.
+    fed_bar : (B, T, width) array
+        Those of what ``y_{t-1}`` says.
+    status : (B,) int8 array
+    """
+    xp = _device.xp()
+    bars, fed_bar = _mamba.pull_made(made, given, y, y_bar, last_bar)
+    finite = xp.isfinite(bars.y).all((1, 2))
+    return bars, fed_bar, xp.where(finite, CONVERGED, DIVERGED).astype(np.int8)
 
 
 class _Swing:

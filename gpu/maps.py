@@ -1,13 +1,14 @@
-"""From activations to the parameters of mixers on the device, and back: what layers of `fpnumba.nn` need.
-
-The doors of `fpnumba.nn.mixer_kernels`, for CuPy arrays of rows, float32 or float64.
+"""What layers of `fpnumba.nn` need of a device beside solves: the doors of `fpnumba.nn.loops`, for CuPy arrays, float32
+or float64.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes
+from fpnumba.gpu._engine import precision
 from fpnumba.gpu._report import store
 
 Array = Any
@@ -16,6 +17,87 @@ Array = Any
 WIDE, BLOCK, ROWS = 512, 256, 4
 # Threads of a matrix.
 THREADS = 256
+
+
+# Elements of a table of indices against rows at most.
+ONE_HOT = 2**26
+
+
+# --- elementwise --------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "identity": "y = x",
+    "relu": "y = x < 0 ? T(0) : x",
+    "silu": "y = x / (1 + exp(-x))",
+    "sigmoid": "y = 1 / (1 + exp(-x))",
+}
+SLOPES = {
+    "identity": "xbar = ybar",
+    "relu": "xbar = x > 0 ? ybar : T(0)",
+    "silu": "T s = 1 / (1 + exp(-x)); xbar = ybar * s * (1 + x * (1 - s))",
+    "sigmoid": "T s = 1 / (1 + exp(-x)); xbar = ybar * s * (1 - s)",
+}
+
+
+@cache
+def _elementwise(into: str, out: str, operation: str) -> Any:
+    return _device.xp().ElementwiseKernel(into, out, operation, "fpnumba_elementwise")
+
+
+def activate(name: str, x: Array) -> Array:
+    """``activation(x)``, elementwise."""
+    xp = _device.xp()
+    if hasattr(xp, "cuda"):
+        return _elementwise("T x", "T y", VALUES[name])(x)
+    with np.errstate(over="ignore"):
+        if name in ("silu", "sigmoid"):
+            open_ = 1 / (1 + xp.exp(-x))
+            return x * open_ if name == "silu" else open_
+    return xp.maximum(x, 0) if name == "relu" else x
+
+
+def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
+    """``activation'(x) * ybar``."""
+    xp = _device.xp()
+    if hasattr(xp, "cuda"):
+        return _elementwise("T x, T ybar", "T xbar", SLOPES[name])(x, ybar)
+    with np.errstate(over="ignore"):
+        if name in ("silu", "sigmoid"):
+            open_ = 1 / (1 + xp.exp(-x))
+            return ybar * open_ * (1 + x * (1 - open_) if name == "silu" else 1 - open_)
+    return xp.where(x > 0, ybar, 0) if name == "relu" else ybar
+
+
+_ADAMW = """
+    const T grad = scale * g;
+    m_out = b1 * m + (1 - b1) * grad;
+    v_out = b2 * v + (1 - b2) * grad * grad;
+    out = (1 - decay) * p - rate * m_out / (sqrt(v_out) + eps)
+"""
+
+
+def adamw(
+    p: Array, g: Array, m: Array, v: Array, scale: float, rate: float, decay: float, betas: Any, eps: float
+) -> tuple[Array, Array, Array]:
+    """One AdamW step: the new parameters and moments; see `fpnumba.nn.loops`."""
+    xp, numbers = _device.xp(), [p.dtype.type(n) for n in (scale, rate, decay, *betas, eps)]
+    if hasattr(xp, "cuda"):
+        into = "T p, T g, T m, T v, T scale, T rate, T decay, T b1, T b2, T eps"
+        return tuple(_elementwise(into, "T out, T m_out, T v_out", _ADAMW)(p, g, m, v, *numbers))  # type: ignore[return-value]
+    scale, rate, decay, b1, b2, eps = numbers
+    grad = scale * g
+    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad * grad
+    return (1 - decay) * p - rate * m / (xp.sqrt(v) + eps), m, v
+
+
+def product(a: Array, b: Array, transposed: tuple[bool, bool]) -> Array:
+    """The product of two matrices in the precision of `fpnumba.gpu.use_precision`."""
+    xp = _device.xp()
+    ready = [m if m.shape[1] < 2 or m.strides[1] == m.itemsize else xp.ascontiguousarray(m) for m in (a, b)]
+    return _device.product(*ready, transposed=transposed, precision=precision())
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
 
 
 def _rows(name: str, dtype: str, dim: int) -> tuple[_device.Kernel, int, int]:
@@ -129,6 +211,55 @@ def monarch_block_vjp(p: Array, eps: float, blocks_bar: Array) -> Array:
     both = xp.ascontiguousarray(gram_bar + gram_bar.swapaxes(1, 2))
     upper_bar = _device.matmul(both, upper)
     return xp.ascontiguousarray(upper_bar[:, *np.triu_indices(size)])
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """``y = weight * x * scale``, and ``scale = 1 / sqrt(mean(x^2) + eps)``; ``x (N, D)``."""
+    xp = _device.xp()
+    scale = 1 / xp.sqrt((x * x).mean(1) + x.dtype.type(eps))
+    return weight * (x * scale[:, None]), scale
+
+
+def rms_norm_vjp(x: Array, weight: Array, scale: Array, ybar: Array) -> tuple[Array, Array]:
+    """Cotangents of `x` and `weight` of :func:`rms_norm`."""
+    normal, inner = x * scale[:, None], ybar * weight
+    along = (inner * normal).mean(1, keepdims=True)
+    return scale[:, None] * (inner - normal * along), (ybar * normal).sum(0)
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def conv(x: Array, taps: Array, bias: Array) -> Array:
+    """``y_t = bias + sum_k taps_k x_{t-(W-1)+k}``, zeros before the first step; ``x (B, T, C)``, ``taps (W, C)``."""
+    width, steps = len(taps), x.shape[1]
+    y = taps[width - 1] * x + bias
+    for back in range(1, min(width, steps)):
+        y[:, back:] += taps[width - 1 - back] * x[:, : steps - back]
+    return y
+
+
+def conv_vjp(x: Array, taps: Array, ybar: Array) -> tuple[Array, Array, Array]:
+    """Cotangents of `x`, `taps` and the bias of :func:`conv`."""
+    xp, width, steps = _device.xp(), len(taps), x.shape[1]
+    xbar, taps_bar = taps[width - 1] * ybar, xp.zeros_like(taps)
+    taps_bar[width - 1] = (x * ybar).sum((0, 1))
+    for back in range(1, min(width, steps)):
+        xbar[:, : steps - back] += taps[width - 1 - back] * ybar[:, back:]
+        taps_bar[width - 1 - back] = (x[:, : steps - back] * ybar[:, back:]).sum((0, 1))
+    return xbar, taps_bar, ybar.sum((0, 1))
+
+
+def scatter_rows(indices: Array, rows: Array, count: int) -> Array:
+    """A table ``(count, D)`` of the sums of the rows of each index, the same every time: a product of matrices."""
+    xp = _device.xp()
+    table = xp.zeros((count, rows.shape[1]), rows.dtype)
+    each = max(1, ONE_HOT // max(count, 1))
+    for first in range(0, len(indices), each):
+        part = slice(first, first + each)
+        which = (indices[part, None] == xp.arange(count)).astype(rows.dtype)
+        table += _device.product(which, rows[part], transposed=(True, False))
+    return table
 
 
 def representative() -> list[_device.Kernel]:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.nn import kernels
+from fpnumba.nn import backend
+from fpnumba.nn.loops import ACTIVATIONS
 
 Array = NDArray[Any]
-
-KINDS = {
-    "identity": kernels.IDENTITY,
-    "relu": kernels.RELU,
-    "silu": kernels.SILU,
-    "sigmoid": kernels.SIGMOID,
-}
 
 
 def check(name: str) -> str:
     """Return ``name`` if it is an activation's, otherwise raise ``ValueError``."""
-    if name not in KINDS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, KINDS))}, not {name!r}")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, not {name!r}")
     return name
 
 
@@ -42,18 +35,15 @@ def activate(name: str, x: Array) -> Array:
     >>> activate("sigmoid", np.zeros(2))
     array([0.5, 0.5])
     """
-    x = np.ascontiguousarray(x)
-    y = np.empty_like(x)
-    kernels.activate(KINDS[name], x.reshape(-1), y.reshape(-1))
+    x = backend.contiguous(x)
+    y: Array = backend.kernels(x).activate(name, x)
     return y
 
 
 def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
     """``activation'(x) * ybar``: the cotangent of ``x``, from the input of the activation."""
-    x = np.ascontiguousarray(x)
-    ybar = np.ascontiguousarray(ybar)
-    xbar = np.empty_like(x)
-    kernels.activate_vjp(KINDS[name], x.reshape(-1), ybar.reshape(-1), xbar.reshape(-1))
+    x = backend.contiguous(x)
+    xbar: Array = backend.kernels(x).activate_vjp(name, x, backend.contiguous(ybar))
     return xbar
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.nn import activations, kernels
+from fpnumba.nn import activations, backend
+from fpnumba.nn.backend import contiguous, product
 
 Array = NDArray[Any]
 Params = dict[str, Array]
@@ -41,7 +42,7 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, dtype
 
 def rows(x: Array) -> Array:
     """``x`` with all leading axes made one."""
-    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class Linear:
@@ -78,7 +79,7 @@ class Linear:
 
     def __call__(self, params: Params, x: Array, *, record: Record = None) -> Array:
         """``x (..., inputs)`` to ``(..., outputs)``."""
-        y: Array = rows(x) @ params["weight"].T
+        y = product(rows(x), params["weight"], transposed=(False, True))
         if self.bias:
             y += params["bias"]
         return y.reshape(*x.shape[:-1], self.outputs)
@@ -88,10 +89,10 @@ class Linear:
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
             flat = rows(ybar)
-            grads = {"weight": flat.T @ rows(x)}
+            grads = {"weight": product(flat, rows(x), transposed=(True, False))}
             if self.bias:
                 grads["bias"] = flat.sum(0)
-            return grads, (flat @ params["weight"]).reshape(x.shape)
+            return grads, product(flat, params["weight"]).reshape(x.shape)
 
         return self(params, x), pullback
 
@@ -136,9 +137,9 @@ class Embedding:
         """Value and pullback; tokens have no cotangent."""
 
         def pullback(ybar: Array) -> tuple[Params, None]:
-            table = np.zeros_like(params["weight"])
-            kernels.scatter_rows(np.ascontiguousarray(tokens).reshape(-1), rows(ybar), table)
-            return {"weight": table}, None
+            flat = rows(ybar)
+            found = backend.kernels(flat).scatter_rows(contiguous(tokens).reshape(-1), flat, self.vocab)
+            return {"weight": found}, None
 
         return self(params, tokens), pullback
 
@@ -169,13 +170,11 @@ class RMSNorm:
     def vjp(self, params: Params, x: Array, *, record: Record = None) -> tuple[Array, Pullback]:
         """Value and pullback."""
         flat, weight = rows(x), params["weight"]
-        y = np.empty_like(flat)
-        scale = np.empty(len(flat), flat.dtype)
-        kernels.rms_norm(flat, weight, self.eps, y, scale)
+        loops = backend.kernels(flat)
+        y, scale = loops.rms_norm(flat, weight, self.eps)
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
-            xbar, weight_bar = np.empty_like(flat), np.zeros_like(weight)
-            kernels.rms_norm_vjp(flat, weight, scale, rows(ybar), xbar, weight_bar)
+            xbar, weight_bar = loops.rms_norm_vjp(flat, weight, scale, rows(ybar))
             return {"weight": weight_bar}, xbar.reshape(x.shape)
 
         return y.reshape(x.shape), pullback
@@ -261,23 +260,23 @@ class SwiGLU:
         """Value and pullback."""
         flat = rows(x)
         w_gate, w_up, w_down = (params[f"{name}.weight"] for name in ("gate", "up", "down"))
-        gate, up = flat @ w_gate.T, flat @ w_up.T
+        gate, up = (product(flat, w, transposed=(False, True)) for w in (w_gate, w_up))
         opened = activations.silu(gate)
         inner = opened * up
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
             ybar = rows(ybar)
-            inner_bar = ybar @ w_down
+            inner_bar = product(ybar, w_down)
             gate_bar = activations.silu_vjp(gate, inner_bar * up)
             up_bar = inner_bar * opened
             grads = {
-                "gate.weight": gate_bar.T @ flat,
-                "up.weight": up_bar.T @ flat,
-                "down.weight": ybar.T @ inner,
+                "gate.weight": product(gate_bar, flat, transposed=(True, False)),
+                "up.weight": product(up_bar, flat, transposed=(True, False)),
+                "down.weight": product(ybar, inner, transposed=(True, False)),
             }
-            return grads, (gate_bar @ w_gate + up_bar @ w_up).reshape(x.shape)
+            return grads, (product(gate_bar, w_gate) + product(up_bar, w_up)).reshape(x.shape)
 
-        return (inner @ w_down.T).reshape(x.shape), pullback
+        return product(inner, w_down, transposed=(False, True)).reshape(x.shape), pullback
 
 
 class ShortConv:
@@ -323,18 +322,14 @@ class ShortConv:
 
     def vjp(self, params: Params, x: Array, *, record: Record = None) -> tuple[Array, Pullback]:
         """Value and pullback."""
-        flat = np.ascontiguousarray(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-        taps = np.ascontiguousarray(params["weight"][:, 0].T)
-        past = np.zeros((len(flat), self.width - 1, self.channels), flat.dtype)
-        inner = np.empty_like(flat)
-        kernels.conv(flat, taps, params["bias"], past, inner)
+        flat = contiguous(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+        taps, loops = contiguous(params["weight"][:, 0].T), backend.kernels(flat)
+        inner = loops.conv(flat, taps, params["bias"])
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
             inner_bar = activations.activate_vjp(self.activation, inner, ybar.reshape(flat.shape))
-            xbar, taps_bar = np.zeros_like(flat), np.zeros_like(taps)
-            bias_bar = np.zeros_like(params["bias"])
-            kernels.conv_vjp(flat, taps, inner_bar, xbar, taps_bar, bias_bar)
-            grads = {"weight": np.ascontiguousarray(taps_bar.T)[:, None], "bias": bias_bar}
+            xbar, taps_bar, bias_bar = loops.conv_vjp(flat, taps, inner_bar)
+            grads = {"weight": contiguous(taps_bar.T)[:, None], "bias": bias_bar}
             return grads, xbar.reshape(x.shape)
 
         return activations.activate(self.activation, inner).reshape(x.shape), pullback

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
 from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved
 from fpnumba.nn.matrix_state import MatrixBars, Steps
@@ -189,29 +190,31 @@ class FPMamba(MatrixStateLayer):
     def _front(self, params: Params, x: Array, window: Array | None) -> Front:
         inner, size, flat = self.d_inner, self.d_state, rows(x)
         shape = (*x.shape[:2], inner)
-        xz = flat @ params["in_proj.weight"].T
+        xz = product(flat, params["in_proj.weight"], transposed=(False, True))
         if self.bias:
             xz = xz + params["in_proj.bias"]
-        raw, z = np.ascontiguousarray(xz[:, :inner]).reshape(shape), xz[:, inner:].reshape(shape)
+        raw, z = contiguous(xz[:, :inner]).reshape(shape), xz[:, inner:].reshape(shape)
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
-        projected = (rows(seen) @ params["x_proj.weight"].T).reshape(*x.shape[:2], self.dt_rank + 2 * size)
+        projected = product(rows(seen), params["x_proj.weight"], transposed=(False, True)).reshape(
+            *x.shape[:2], self.dt_rank + 2 * size
+        )
         cuts = np.cumsum([self.dt_rank, size])
-        dt, b, c = (np.ascontiguousarray(piece) for piece in np.split(projected, cuts, axis=-1))
+        dt, b, c = (contiguous(piece) for piece in np.split(projected, cuts, axis=-1))
 
         def pull(seen_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
             projected_bar = rows(np.concatenate([bars["lambda"], bars["b"], bars["c"]], axis=-1))
-            grads: Params = {"x_proj.weight": projected_bar.T @ rows(seen)}
-            seen_bar = seen_bar + (projected_bar @ params["x_proj.weight"]).reshape(shape)
+            grads: Params = {"x_proj.weight": product(projected_bar, rows(seen), transposed=(True, False))}
+            seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
             xz_bar = np.concatenate([rows(seen_bar), rows(z_bar)], axis=1)
-            grads["in_proj.weight"] = xz_bar.T @ flat
+            grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = xz_bar.sum(0)
-            return grads, xz_bar @ params["in_proj.weight"]
+            return grads, product(xz_bar, params["in_proj.weight"])
 
-        return Front(seen, np.ascontiguousarray(z), {"b": b, "c": c, "lambda": dt}, after, pull)
+        return Front(seen, contiguous(z), {"b": b, "c": c, "lambda": dt}, after, pull)
 
 
 class FPMamba2(MatrixStateLayer):
@@ -344,18 +347,16 @@ class FPMamba2(MatrixStateLayer):
 
     def _front(self, params: Params, x: Array, window: Array | None) -> Front:
         inner, size, flat = self.d_inner, self.d_state, rows(x)
-        projected = flat @ params["in_proj.weight"].T
+        projected = product(flat, params["in_proj.weight"], transposed=(False, True))
         if self.bias:
             projected = projected + params["in_proj.bias"]
         cuts = np.cumsum([inner, self._mixed])
         z, raw, dt = (
-            np.ascontiguousarray(piece).reshape(*x.shape[:2], piece.shape[1])
+            contiguous(piece).reshape(*x.shape[:2], piece.shape[1])
             for piece in np.split(projected, cuts, axis=1)
         )
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
-        driven, b, c = (
-            np.ascontiguousarray(piece) for piece in np.split(seen, np.cumsum([inner, size]), axis=-1)
-        )
+        driven, b, c = (contiguous(piece) for piece in np.split(seen, np.cumsum([inner, size]), axis=-1))
 
         def pull(driven_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
             grads: Params = {}
@@ -364,9 +365,9 @@ class FPMamba2(MatrixStateLayer):
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
             whole_bar = rows(np.concatenate([z_bar, seen_bar, bars["lambda"]], axis=-1))
-            grads["in_proj.weight"] = whole_bar.T @ flat
+            grads["in_proj.weight"] = product(whole_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = whole_bar.sum(0)
-            return grads, whole_bar @ params["in_proj.weight"]
+            return grads, product(whole_bar, params["in_proj.weight"])
 
         return Front(driven, z, {"b": b, "c": c, "lambda": dt}, after, pull)

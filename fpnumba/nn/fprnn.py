@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.arrays import host_room
-from fpnumba.nn import low_rank, ways
+from fpnumba.nn import backend, low_rank, ways
 from fpnumba.nn.activations import sigmoid, silu, silu_vjp
+from fpnumba.nn.backend import contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer
 from fpnumba.nn.mixer_maps import LowRankMap, sigmoid_vjp
@@ -178,8 +179,8 @@ class FPRNN(FixedPointLayer):
         lead, steps, inner = x.shape[:-2], x.shape[-2], self.d_inner
         shape = (math.prod(lead), steps, inner)
         flat = rows(x)
-        xz = flat @ params["input_trans.weight"].T
-        raw, z = np.ascontiguousarray(xz[:, :inner]).reshape(shape), np.ascontiguousarray(xz[:, inner:])
+        xz = product(flat, params["input_trans.weight"], transposed=(False, True))
+        raw, z = contiguous(xz[:, :inner]).reshape(shape), contiguous(xz[:, inner:])
 
         branches: dict[str, Array] = {}
         pullbacks: dict[str, Pullback] = {}
@@ -189,12 +190,16 @@ class FPRNN(FixedPointLayer):
                 conv = ShortConv(inner, self.short_conv)
                 branches[name], pullbacks[name] = conv.vjp(part(params, f"conv1d_{name}"), raw)
         x_in = branches["x"]
-        b_inner = (rows(branches["b"]) @ params["b_proj.weight"].T).reshape(shape)
+        b_inner = product(rows(branches["b"]), params["b_proj.weight"], transposed=(False, True)).reshape(
+            shape
+        )
         b = silu(b_inner)
-        lam_inner = (rows(branches["lambda"]) @ params["lambda_proj.weight"].T).reshape(shape)
+        lam_inner = product(
+            rows(branches["lambda"]), params["lambda_proj.weight"], transposed=(False, True)
+        ).reshape(shape)
         lam = sigmoid(lam_inner + params["lambda_proj.bias"])
 
-        cell = self._cell(params, branches["mixer"], lam, b * x_in, np.zeros((shape[0], inner), x.dtype))
+        cell = self._cell(params, branches["mixer"], lam, b * x_in, zeros((shape[0], inner), x))
         found = self._solve(cell, record, lead, keep=keep)
         h = found.h
 
@@ -210,25 +215,34 @@ class FPRNN(FixedPointLayer):
             seen_h, pull_ch = conv.vjp(second, h)
         else:
             seen_x, seen_h = x_in, cell.before(h)
-        c_inner = (rows(seen_x) @ w_c[:, :inner].T + rows(seen_h) @ w_c[:, inner:].T).reshape(shape)
+        c_inner = product(rows(seen_x), w_c[:, :inner], transposed=(False, True))
+        c_inner = (c_inner + product(rows(seen_h), w_c[:, inner:], transposed=(False, True))).reshape(shape)
         c = silu(c_inner)
         y = rows(c * h)
         gate = silu(z)
         normed, pull_norm = self.norm.vjp({"weight": params["output_norm.weight"]}, gate * y)
-        out = (normed @ params["output_trans.weight"].T).reshape(*lead, steps, self.d_model)
+        out = product(normed, params["output_trans.weight"], transposed=(False, True)).reshape(
+            *lead, steps, self.d_model
+        )
 
         def pullback(out_bar: Array) -> tuple[Params, Array]:
             grads: Params = {}
             out_flat = rows(out_bar)
-            grads["output_trans.weight"] = out_flat.T @ normed
-            norm_grads, gated_bar = pull_norm(out_flat @ params["output_trans.weight"])
+            grads["output_trans.weight"] = product(out_flat, normed, transposed=(True, False))
+            norm_grads, gated_bar = pull_norm(product(out_flat, params["output_trans.weight"]))
             grads["output_norm.weight"] = norm_grads["weight"]
             z_bar = silu_vjp(z, gated_bar * y)
             y_bar = (gated_bar * gate).reshape(shape)
             c_bar = rows(silu_vjp(c_inner, y_bar * h))
-            grads["c_proj.weight"] = np.concatenate([c_bar.T @ rows(seen_x), c_bar.T @ rows(seen_h)], axis=1)
-            seen_x_bar = (c_bar @ w_c[:, :inner]).reshape(shape)
-            seen_h_bar = (c_bar @ w_c[:, inner:]).reshape(shape)
+            grads["c_proj.weight"] = np.concatenate(
+                [
+                    product(c_bar, rows(seen_x), transposed=(True, False)),
+                    product(c_bar, rows(seen_h), transposed=(True, False)),
+                ],
+                axis=1,
+            )
+            seen_x_bar = product(c_bar, w_c[:, :inner]).reshape(shape)
+            seen_h_bar = product(c_bar, w_c[:, inner:]).reshape(shape)
             h_bar = y_bar * c
             if self.short_conv is not None:
                 grads_x, x_in_bar = pull_cx(seen_x_bar)
@@ -243,25 +257,25 @@ class FPRNN(FixedPointLayer):
             x_in_bar = x_in_bar + bars.v * b
             b_bar = rows(silu_vjp(b_inner, bars.v * x_in))
             lam_bar = rows(sigmoid_vjp(lam, bars.lam))
-            grads["b_proj.weight"] = b_bar.T @ rows(branches["b"])
-            grads["lambda_proj.weight"] = lam_bar.T @ rows(branches["lambda"])
+            grads["b_proj.weight"] = product(b_bar, rows(branches["b"]), transposed=(True, False))
+            grads["lambda_proj.weight"] = product(lam_bar, rows(branches["lambda"]), transposed=(True, False))
             grads["lambda_proj.bias"] = lam_bar.sum(0)
             branch_bars = {
                 "x": x_in_bar,
-                "b": (b_bar @ params["b_proj.weight"]).reshape(shape),
-                "lambda": (lam_bar @ params["lambda_proj.weight"]).reshape(shape),
+                "b": product(b_bar, params["b_proj.weight"]).reshape(shape),
+                "lambda": product(lam_bar, params["lambda_proj.weight"]).reshape(shape),
             }
             mixer_grads, branch_bars["mixer"] = self._cell_vjp(params, branches["mixer"], cell, bars)
             grads |= under(mixer_grads, "mixer")
-            raw_bar = np.zeros(shape, x.dtype)
+            raw_bar = zeros(shape, x)
             for name, bar in branch_bars.items():
                 if self.short_conv is not None:
                     conv_grads, bar = pullbacks[name](bar)
                     grads |= under(conv_grads, f"conv1d_{name}")
                 raw_bar += bar
             xz_bar = np.concatenate([rows(raw_bar), z_bar], axis=1)
-            grads["input_trans.weight"] = xz_bar.T @ flat
-            return grads, (xz_bar @ params["input_trans.weight"]).reshape(x.shape)
+            grads["input_trans.weight"] = product(xz_bar, flat, transposed=(True, False))
+            return grads, product(xz_bar, params["input_trans.weight"]).reshape(x.shape)
 
         return out, pullback
 
@@ -296,7 +310,7 @@ class FPRNN(FixedPointLayer):
         return found
 
     def _sequential(self, cell: Cell, *, keep: bool) -> Solve:
-        if isinstance(self.map, LowRankMap) and host_room().name == "cpu":
+        if isinstance(self.map, LowRankMap) and backend.on_host(cell.v) and host_room().name == "cpu":
             return low_rank.solve(cell, self.map, keep=keep)
         return ways.solve_sequential(cell, self._solver(), keep=keep)
 
@@ -366,9 +380,9 @@ class FPRNN(FixedPointLayer):
         lam = sigmoid(branches["lambda"] @ params["lambda_proj.weight"].T + params["lambda_proj.bias"])
 
         def one(array: Array) -> Array:
-            return np.ascontiguousarray(array).reshape(-1, 1, inner)
+            return contiguous(array).reshape(-1, 1, inner)
 
-        before = np.ascontiguousarray(state["h"]).reshape(-1, inner)
+        before = contiguous(state["h"]).reshape(-1, inner)
         cell = self._cell(params, one(branches["mixer"]), one(lam), one(b * branches["x"]), before)
         found = self._sequential(cell, keep=False)
         report("FPRNN.step", ways.lead_axes(found.solution, lead), self.solver.on_failure)

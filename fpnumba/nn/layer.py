@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn import ways
 from fpnumba.nn.activations import check
+from fpnumba.nn.backend import contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, part, rows
 from fpnumba.nn.mixer_maps import FixedMap, make_map
 from fpnumba.nn.mixing import Mixer
@@ -151,18 +152,18 @@ class FixedPointLayer(ABC):
     def _mixer_weights(self, params: Params, dtype: DTypeLike) -> tuple[Weights, Array | None, Mixer | None]:
         """The mixer's linear maps, ``F_h`` of them, and the mixer itself if it is fixed."""
         mixer_params = part(params, "mixer")
-        weights = self.map.stack.weights(mixer_params, dtype)
+        weights = self.map.stack.weights(mixer_params, dtype, next(iter(params.values())))
         if isinstance(self.map, FixedMap):
             return weights, None, ("fixed", (self.map.matrix(mixer_params),))
         if "mixer" not in self.hidden:
             return weights, None, None
-        return weights, np.ascontiguousarray(weights.first[:, -self.d_inner :]), None
+        return weights, contiguous(weights.first[:, -self.d_inner :]), None
 
     def _mixer_base(self, weights: Weights, x: Array) -> Array:
         """``F_x x + bias``."""
         if isinstance(self.map, FixedMap):
-            return np.zeros((*x.shape[:2], 0), x.dtype)
-        base = rows(x) @ weights.first[:, : self.d_inner].T + weights.bias
+            return zeros((*x.shape[:2], 0), x)
+        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True)) + weights.bias
         return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(
@@ -178,14 +179,14 @@ class FixedPointLayer(ABC):
         """Cotangents of the mixer's parameters and of ``x``; those of second factors are in `total` already."""
         mixer_params = part(params, "mixer")
         if isinstance(self.map, FixedMap):
-            q_bar = np.zeros((self.d_inner, self.d_inner), x.dtype) if fixed_bar is None else fixed_bar
+            q_bar = zeros((self.d_inner, self.d_inner), x) if fixed_bar is None else fixed_bar
             return self.map.matrix_vjp(mixer_params, q_bar), np.zeros_like(x)
         width, flat_bar = self.d_inner, rows(base_bar)
-        total.first[:, :width] += flat_bar.T @ rows(x)
+        total.first[:, :width] += product(flat_bar, rows(x), transposed=(True, False))
         if feedback_bar is not None:
             total.first[:, -width:] += feedback_bar
         total.bias += flat_bar.sum(0)
-        x_bar = (flat_bar @ weights.first[:, :width]).reshape(x.shape)
+        x_bar = product(flat_bar, weights.first[:, :width]).reshape(x.shape)
         return self.map.stack.weights_vjp(mixer_params, total), x_bar
 
     # --- solving -------------------------------------------------------------------------------------------

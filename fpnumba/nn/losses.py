@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fpnumba.nn.backend import contiguous
 from fpnumba.nn.basic import Array, rows
 
 Targets = NDArray[np.integer[Any]]
@@ -19,7 +20,7 @@ def _check(logits: Array, targets: Targets, ignore: int) -> tuple[Array, Array, 
         )
     if not np.issubdtype(targets.dtype, np.integer):
         raise TypeError(f"targets must be integers, not {targets.dtype}")
-    flat, chosen = rows(logits), np.ascontiguousarray(targets).reshape(-1)
+    flat, chosen = rows(logits), contiguous(targets).reshape(-1)
     counted = chosen != ignore
     inside = (chosen >= 0) & (chosen < logits.shape[-1])
     if not (inside | ~counted).all():
@@ -29,7 +30,7 @@ def _check(logits: Array, targets: Targets, ignore: int) -> tuple[Array, Array, 
 
 def _log_softmax(flat: Array, chosen: Array, counted: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
     """The exponentials, their sums, and the log-probability of every counted target."""
-    shifted = flat - flat.max(1, keepdims=True, initial=-np.inf)
+    shifted = flat - flat.max(1, keepdims=True)
     exponentials = np.exp(shifted)
     total = exponentials.sum(1)
     picked = np.take_along_axis(shifted, np.where(counted, chosen, 0)[:, None], 1)[:, 0]
@@ -97,7 +98,7 @@ def cross_entropy_vjp(logits: Array, targets: Targets, *, ignore: int = -100) ->
     exponentials, total, log_likelihood = _log_softmax(flat, chosen, counted)
     bar = exponentials
     bar *= (counted / (total * number)).astype(flat.dtype)[:, None]
-    where = np.flatnonzero(counted)
+    where = counted.nonzero()[0]
     bar[where, chosen[where]] -= flat.dtype.type(1.0 / number)
     loss = -float(log_likelihood[counted].sum(dtype=np.float64)) / number
     return loss, bar.reshape(logits.shape)

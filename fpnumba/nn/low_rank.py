@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.nn import activations
 from fpnumba.nn import low_rank_kernels as kernels
 from fpnumba.nn.basic import rows
+from fpnumba.nn.loops import ACTIVATIONS
 from fpnumba.nn.mixer_maps import LowRankMap
 from fpnumba.nn.recurrence import Bars, Cell, Solve
 from fpnumba.solve import Solution, Status
@@ -37,7 +37,7 @@ class Kept:
 
 
 def _options(map: LowRankMap) -> tuple[int, float, float, bool]:
-    return activations.KINDS[map.activation], map.norm_eps, map.alpha_max, map.kind == "householder"
+    return ACTIVATIONS[map.activation], map.norm_eps, map.alpha_max, map.kind == "householder"
 
 
 def solve(cell: Cell, map: LowRankMap, *, keep: bool) -> Solve:

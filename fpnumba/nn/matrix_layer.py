@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.arrays import namespace
 from fpnumba.nn import matrix_ways, ways
 from fpnumba.nn.activations import silu, silu_vjp
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer, State
 from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
@@ -141,7 +143,7 @@ class MatrixStateLayer(FixedPointLayer):
         if "lambda" in self.hidden:
             feedback["lambda"] = weight_of("dt_y_proj", self.weight_norm, params)
         parts = [feedback[name] for name in SEGMENTS if name in feedback]
-        stacked = np.ascontiguousarray(np.concatenate(parts)) if parts else None
+        stacked = contiguous(np.concatenate(parts)) if parts else None
         w_z = weight_of("z_y_proj", self.weight_norm, params) if self.gate != "inside" else None
         return Folded(weights, feedback, stacked, fixed, w_z, self._rates(params))
 
@@ -168,8 +170,8 @@ class MatrixStateLayer(FixedPointLayer):
         A, skip, steps, norm, bc_eps = folded.rates
         inner = self.d_inner
         initial = (
-            np.ascontiguousarray(state["y"]).reshape(-1, inner),
-            np.ascontiguousarray(state["H"]).reshape(-1, inner, self.d_state),
+            contiguous(state["y"]).reshape(-1, inner),
+            contiguous(state["H"]).reshape(-1, inner, self.d_state),
         )
         return MatrixCell(
             self.map,
@@ -210,7 +212,7 @@ class MatrixStateLayer(FixedPointLayer):
 
     def _forward(self, params: Params, x: Array, record: Record, *, keep: bool) -> tuple[Array, Pullback]:
         lead = x.shape[:-2]
-        out, pullback, _ = self._whole(params, x, self.initial_state(lead, x.dtype), record, keep=keep)
+        out, pullback, _ = self._whole(params, x, self._initial(lead, x), record, keep=keep)
         return out, pullback
 
     def prefill(
@@ -232,7 +234,7 @@ class MatrixStateLayer(FixedPointLayer):
         y : ndarray (..., T, d_model)
         state : dict of arrays
         """
-        state = self.initial_state(x.shape[:-2], x.dtype) if state is None else state
+        state = self._initial(x.shape[:-2], x) if state is None else state
         out, _, ended = self._whole(params, x, state, record, keep=False)
         return out, ended()
 
@@ -243,7 +245,7 @@ class MatrixStateLayer(FixedPointLayer):
         lead, steps = x.shape[:-2], x.shape[-2]
         count = math.prod(lead)
         window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
-        front = self._front(params, np.ascontiguousarray(x).reshape(count, steps, self.d_model), window)
+        front = self._front(params, contiguous(x).reshape(count, steps, self.d_model), window)
         folded = self._fold(params, x.dtype)
         cell = self._cell(params, folded, front, state)
         found, after = self._solve(cell, keep=keep)
@@ -251,27 +253,27 @@ class MatrixStateLayer(FixedPointLayer):
         y, gated, opened, z = found.h, found.h, None, front.z
         w_z = folded.w_z
         if w_z is not None:
-            z = z + (rows(cell.before(y)) @ w_z.T).reshape(z.shape)
+            z = z + product(rows(cell.before(y)), w_z, transposed=(False, True)).reshape(z.shape)
             opened = silu(z)
             gated = opened * y
         flat = rows(gated)
-        out = flat @ params["out_proj.weight"].T
+        out = product(flat, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
 
         def pullback(out_bar: Array) -> tuple[Params, Array]:
             out_flat = rows(out_bar)
-            grads: Params = {"out_proj.weight": out_flat.T @ flat}
+            grads: Params = {"out_proj.weight": product(out_flat, flat, transposed=(True, False))}
             if self.bias:
                 grads["out_proj.bias"] = out_flat.sum(0)
-            y_bar = (out_flat @ params["out_proj.weight"]).reshape(y.shape)
+            y_bar = product(out_flat, params["out_proj.weight"]).reshape(y.shape)
             z_bar = np.zeros_like(front.z)
             if opened is not None and w_z is not None:
                 z_bar = silu_vjp(z, y_bar * y)
                 y_bar = y_bar * opened
-                w_z_bar = rows(z_bar).T @ rows(cell.before(y))
+                w_z_bar = product(rows(z_bar), rows(cell.before(y)), transposed=(True, False))
                 grads |= weight_vjp("z_y_proj", self.weight_norm, params, w_z_bar)
-                y_bar[:, :-1] += (rows(z_bar) @ w_z).reshape(y.shape)[:, 1:]
+                y_bar[:, :-1] += product(rows(z_bar), w_z).reshape(y.shape)[:, 1:]
             bars, _ = self._pull(cell, found, y_bar)
             if bars.gate is not None:
                 z_bar = z_bar + silu_vjp(front.z, bars.gate)
@@ -318,6 +320,11 @@ class MatrixStateLayer(FixedPointLayer):
 
     # --- one step at a time --------------------------------------------------------------------------------
 
+    def _initial(self, lead: tuple[int, ...], x: Array) -> State:
+        """:meth:`initial_state`, where `x` lies."""
+        xp = namespace(x)
+        return {name: xp.asarray(a) for name, a in self.initial_state(lead, x.dtype).items()}
+
     def initial_state(self, batch: tuple[int, ...] = (), dtype: DTypeLike = np.float32) -> State:
         """The state before the first step.
 
@@ -361,15 +368,15 @@ class MatrixStateLayer(FixedPointLayer):
         lead = x.shape[:-1]
         count = math.prod(lead)
         window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
-        front = self._front(params, np.ascontiguousarray(x).reshape(count, 1, self.d_model), window)
+        front = self._front(params, contiguous(x).reshape(count, 1, self.d_model), window)
         folded = self._folded(params, x.dtype)
         cell = self._cell(params, folded, front, state)
         found, (y, last) = matrix_ways.solve_sequential(cell, self.solver, keep=False)
         report(f"{type(self).__name__}.step", found.solution, self.solver.on_failure)
         gated = y
         if folded.w_z is not None:
-            gated = silu(front.z[:, 0] + cell.initial[0] @ folded.w_z.T) * y
-        out = gated @ params["out_proj.weight"].T
+            gated = silu(front.z[:, 0] + product(cell.initial[0], folded.w_z, transposed=(False, True))) * y
+        out = product(gated, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
         return out.reshape(*lead, self.d_model), self._state(lead, (y, last), front)
@@ -391,4 +398,4 @@ def convolved(
         return grads, past_bar[:, width:]
 
     after = past[:, past.shape[1] - width :]
-    return np.ascontiguousarray(y[:, width:]), np.ascontiguousarray(after), pullback
+    return contiguous(y[:, width:]), contiguous(after), pullback

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import host_room
-from fpnumba.nn import mixer_kernels, mixing
+from fpnumba.arrays import namespace, to_numpy
+from fpnumba.nn import backend, mixing
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
@@ -48,7 +49,10 @@ class Steps:
 
     def delta(self, argument: Array) -> Array:
         """``delta (B, T, D)`` or ``(B, T, H)``."""
-        raw = argument if self.weight is None else argument @ self.weight.T
+        raw = argument
+        if self.weight is not None:
+            raw = product(rows(argument), self.weight, transposed=(False, True))
+            raw = raw.reshape(*argument.shape[:-1], -1)
         # what is not finite is told of in the solve's status
         with np.errstate(over="ignore", invalid="ignore"):
             delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
@@ -101,13 +105,13 @@ class MatrixCell:
     def __post_init__(self) -> None:
         if self.stacked is None and self.feedback:
             parts = [self.feedback[name] for name in SEGMENTS if name in self.feedback]
-            self.stacked = np.ascontiguousarray(np.concatenate(parts))
+            self.stacked = contiguous(np.concatenate(parts))
 
     def part(self, steps: slice, initial: tuple[Array, Array]) -> MatrixCell:
         """The same recurrence over some of the steps."""
 
         def cut(array: Array) -> Array:
-            return np.ascontiguousarray(array[:, steps])
+            return contiguous(array[:, steps])
 
         gate = None if self.gate is None else cut(self.gate)
         base = {name: cut(array) for name, array in self.base.items()}
@@ -135,14 +139,14 @@ class MatrixCell:
 
     def carry(self, y: Array) -> tuple[Array, Array]:
         """What the steps after these start from."""
-        return np.ascontiguousarray(y[:, -1]), self.states(self.mix(y), y, self.initial[1])
+        return contiguous(y[:, -1]), self.states(self.mix(y), y, self.initial[1])
 
     @staticmethod
     def states(made: MatrixMade, y: Array, state: Array) -> Array:
         """The state after the steps of `made`."""
         s = made.system
         u = mixing.apply(made.mixer, s.x - y) + y
-        last: Array = host_room().scan.selective_scan(u, s.delta, s.A, s.B, s.C, None, state)[1]
+        last: Array = backend.room(u).scan.selective_scan(u, s.delta, s.A, s.B, s.C, None, state)[1]
         return last
 
     def settle(self, y: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
@@ -156,24 +160,23 @@ class MatrixCell:
         options = {"rtol": solver.rtol, "atol": solver.atol, "max_iter": solver.max_iter}
         for begin in range(0, steps, SPAN):
             here = self.part(slice(begin, begin + SPAN), state)
-            now = np.ascontiguousarray(y[:, begin : begin + SPAN])
+            now = contiguous(y[:, begin : begin + SPAN])
             made = here.mix(now)
             pasts, past = [], state[1]
             for t in range(now.shape[1]):
                 pasts.append(past)
-                past = self.states(made.at(t), np.ascontiguousarray(now[:, t : t + 1]), past)
+                past = self.states(made.at(t), contiguous(now[:, t : t + 1]), past)
             state = (now[:, -1], past)
             alone = made.alone()
             each = np.stack(pasts, axis=1).reshape(-1, dim, past.shape[-1])
-            found = doors(made.mixer[0]).solve(alone, each, damping=solver.damping, **options)
+            found = doors(made.mixer[0], y).solve(alone, each, damping=solver.damping, **options)
             own = found.value.reshape(now.shape)
-            size = np.abs(now).max(-1, initial=0.0)
-            gap = np.abs(own - now).max(-1, initial=0.0)
+            size, gap = np.abs(now).max(-1), np.abs(own - now).max(-1)
             # two fixed points are much further apart than two approximations of one
             other = (gap > (1e-3 + 1e2 * solver.rtol) * size) & (found.status.reshape(gap.shape) == 0)
-            other &= converged[:, None]
-            left = left[:, None] | np.logical_or.accumulate(other, axis=1)
-            start[:, begin : begin + SPAN][left] = own[left]
+            left = left[:, None] | np.logical_or.accumulate(to_numpy(other) & converged[:, None], axis=1)
+            where = namespace(y).asarray(left)
+            start[:, begin : begin + SPAN][where] = own[where]
             left = left[:, -1]
         return start if left.any() else None
 
@@ -182,7 +185,7 @@ class MatrixCell:
         arguments = dict(self.base)
         if self.stacked is None:
             return arguments
-        more, at = rows(self.before(y)) @ self.stacked.T, 0
+        more, at = product(rows(self.before(y)), self.stacked, transposed=(False, True)), 0
         for name in SEGMENTS:
             if name in self.feedback:
                 size = len(self.feedback[name])
@@ -217,16 +220,14 @@ class MatrixCell:
 
     def _direction(self, argument: Array) -> tuple[Array, Array]:
         flat = rows(argument)
-        norm = np.ones(len(flat), flat.dtype)
         if self.bc_eps is None:
-            return argument, norm
-        out = np.empty_like(flat)
-        mixer_kernels.normalize(flat, self.bc_eps, out, norm)
+            return argument, backend.ones((len(flat),), flat)
+        out, norm = backend.kernels(flat).normalize(flat, self.bc_eps)
         return out.reshape(argument.shape), norm
 
     def iterate(self, y: Array) -> Array:
         """One application of the whole map."""
-        new: Array = host_room().mamba.iterate(self.mix(y).system, self.initial[1], y)
+        new: Array = backend.room(y).mamba.iterate(self.mix(y).system, self.initial[1], y)
         return new
 
     def bars(self) -> MatrixBars:
@@ -250,7 +251,7 @@ class MatrixMade:
         """One of the steps, for a solve."""
 
         def cut(array: Array) -> Array:
-            return np.ascontiguousarray(array[:, t : t + 1])
+            return contiguous(array[:, t : t + 1])
 
         s, (kind, params) = self.system, self.mixer
         mixer = (kind, whole(kind, products.at_steps(kind, params, slice(t, t + 1), 1)))
@@ -291,12 +292,12 @@ def whole(kind: Any, params: Any) -> Any:
     """The same parameters, contiguous."""
     if kind == "mixture":
         return [(one, whole(one, theirs)) for one, theirs in params]
-    return tuple(np.ascontiguousarray(p) for p in params)
+    return tuple(contiguous(p) for p in params)
 
 
-def doors(kind: Any) -> Any:
-    """The doors that solve a step with this mixer."""
-    return plain if kind == "mixture" else host_room().mamba
+def doors(kind: Any, like: Array) -> Any:
+    """The doors that solve a step with this mixer, for arrays that lie where `like` does."""
+    return plain if kind == "mixture" and backend.on_host(like) else backend.room(like).mamba
 
 
 @dataclass
@@ -366,8 +367,9 @@ class MatrixBars:
         self.step_bias += rows(raw_bar).sum(0)
         weight = cell.steps.weight
         if weight is not None and self.step_weight is not None:
-            self.step_weight += rows(raw_bar).T @ rows(made.arguments["lambda"])
-            raw_bar = raw_bar @ weight
+            flat_bar = rows(raw_bar)
+            self.step_weight += product(flat_bar, rows(made.arguments["lambda"]), transposed=(True, False))
+            raw_bar = product(flat_bar, weight).reshape(*raw_bar.shape[:-1], -1)
         found["lambda"] = raw_bar
         for name, bar in found.items():
             self.base[name][:, at] += bar
@@ -378,8 +380,7 @@ class MatrixBars:
         eps = self.cell.bc_eps
         if eps is None:
             return out_bar
-        bar = np.empty_like(rows(out))
-        mixer_kernels.normalize_vjp(rows(out), norm, eps, rows(out_bar), bar)
+        bar: Array = backend.kernels(out).normalize_vjp(rows(out), norm, eps, rows(out_bar))
         return bar.reshape(out.shape)
 
     def application(
@@ -387,13 +388,14 @@ class MatrixBars:
     ) -> Array | None:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell = self.cell
-        bars = host_room().mamba.application_vjp(made.system, cell.initial[1], h, new_bar)
+        doors = backend.room(h).mamba
+        bars = doors.application_vjp(made.system, cell.initial[1], h, contiguous(new_bar))
         fed_bar = self.absorb(made, bars, slice(None))
         if fed_bar is not None and self.stacked is not None:
-            self.stacked += rows(fed_bar).T @ rows(cell.before(h))
+            self.stacked += product(rows(fed_bar), rows(cell.before(h)), transposed=(True, False))
         if not through:
             return None
         h_bar: Array = bars.y
         if fed_bar is not None and cell.stacked is not None:
-            h_bar[:, :-1] += (rows(fed_bar) @ cell.stacked).reshape(h_bar.shape)[:, 1:]
+            h_bar[:, :-1] += product(rows(fed_bar), cell.stacked).reshape(h_bar.shape)[:, 1:]
         return h_bar

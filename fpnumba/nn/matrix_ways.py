@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fpnumba.nn import backend, matrix_device
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.matrix_state import SPAN, MatrixBars, MatrixCell, MatrixMade, doors
 from fpnumba.nn.recurrence import Solve
@@ -48,6 +50,8 @@ def solve_sequential(cell: MatrixCell, solver: Solver, *, keep: bool) -> tuple[S
     """Step after step; also what the steps after these start from."""
     batch, steps, _ = cell.v.shape
     options = tight(solver, cell.share())
+    if matrix_device.serves(cell):
+        return matrix_device.solve(cell, options, keep=keep)
     y, verdict, kept = np.empty_like(cell.v), Verdict(batch), Kept([], [])
     before, state = cell.initial
     for t in range(steps):
@@ -55,8 +59,8 @@ def solve_sequential(cell: MatrixCell, solver: Solver, *, keep: bool) -> tuple[S
             kept.states.append(state)
         here = cell.part(slice(t, t + 1), (before, state))
         made = here.mix(here.v)
-        solved = doors(made.mixer[0]).solve(made.system, state, **options)
-        y[:, t] = before = np.ascontiguousarray(solved.value[:, 0])
+        solved = doors(made.mixer[0], y).solve(made.system, state, **options)
+        y[:, t] = before = contiguous(solved.value[:, 0])
         state = solved.last_state
         verdict.add(
             Solved(solved.value, solved.iterations, solved.residual, solved.status, solved.iterations)
@@ -71,33 +75,34 @@ def pull_sequential(
     cell: MatrixCell, found: Solve, y_bar: Array, adjoint: Adjoint
 ) -> tuple[MatrixBars, Solution]:
     """The exact gradient, backward in time."""
+    if found.steps and isinstance(found.steps[0], matrix_device.Kept):
+        return matrix_device.pull(cell, found, y_bar)
     bars, y = cell.bars(), found.h
     batch, steps, _ = y.shape
     options = {"rtol": adjoint.rtol * cell.share(), "atol": adjoint.atol, "max_iter": adjoint.max_iter}
     kept = found.steps[0] if found.steps else _keep(cell, y)
-    fed = None if cell.stacked is None else np.zeros((batch, steps, len(cell.stacked)), y.dtype)
+    fed = None if cell.stacked is None else backend.zeros((batch, steps, len(cell.stacked)), y)
     verdict, before, z = Verdict(batch), cell.before(y), np.empty_like(y)
     last, more = np.zeros_like(cell.initial[1]), np.zeros_like(cell.initial[0])
     for begin in range((steps - 1) // SPAN * SPAN, -1, -SPAN) if steps else ():
         span = range(begin, min(begin + SPAN, steps))
         states = [kept.states[begin // SPAN]]
         for t in span[:-1]:
-            states.append(cell.states(kept.made[t], np.ascontiguousarray(y[:, t : t + 1]), states[-1]))
+            states.append(cell.states(kept.made[t], contiguous(y[:, t : t + 1]), states[-1]))
         for t in reversed(span):
             made = kept.made[t]
-            y_t = np.ascontiguousarray(y[:, t : t + 1])
-            pulled, status = doors(made.mixer[0]).pullback(
+            y_t = contiguous(y[:, t : t + 1])
+            pulled, status = doors(made.mixer[0], y).pullback(
                 made.system, states[t - begin], y_t, (y_bar[:, t] + more)[:, None], last, **options
             )
-            count = np.ones(batch, np.int64)
-            verdict.add(Solved(pulled.y, count, np.zeros(batch), status, count))
+            verdict.add_status(status)
             last, z[:, t] = pulled.initial, pulled.y[:, 0]
             fed_bar = bars.absorb(made, pulled, slice(t, t + 1))
             if fed_bar is not None and fed is not None and cell.stacked is not None:
                 fed[:, t] = fed_bar[:, 0]
-                more = fed_bar[:, 0] @ cell.stacked
+                more = product(fed_bar[:, 0], cell.stacked)
     if fed is not None and bars.stacked is not None:
-        bars.stacked += rows(fed).T @ rows(before)
+        bars.stacked += product(rows(fed), rows(before), transposed=(True, False))
     return bars, verdict.solution(z, "sequential")
 
 
@@ -108,7 +113,7 @@ def _keep(cell: MatrixCell, y: Array) -> Kept:
         if t % SPAN == 0:
             kept.states.append(state)
         here = cell.part(slice(t, t + 1), (before, state))
-        y_t = np.ascontiguousarray(y[:, t : t + 1])
+        y_t = contiguous(y[:, t : t + 1])
         kept.made.append(here.mix(y_t))
         before, state = y_t[:, 0], cell.states(kept.made[-1], y_t, state)
     return kept

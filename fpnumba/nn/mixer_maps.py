@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.linalg import expm, expm_frechet
 
-from fpnumba.cpu._threads import run
-from fpnumba.nn import mixer_kernels as kernels
+from fpnumba.arrays import namespace, to_numpy
+from fpnumba.nn import backend
 from fpnumba.nn.activations import activate, activate_vjp, sigmoid
 from fpnumba.nn.basic import Params, rows
 from fpnumba.nn.mixing import Mixer
@@ -89,8 +89,7 @@ class LowRankMap(MixerMap):
     def build(self, a: Array) -> Built:
         lead, size = a.shape[:-1], self.rank * self.dim
         y = activate(self.activation, a[..., :size]).reshape(math.prod(lead) * self.rank, self.dim)
-        u, norm = np.empty_like(y), np.empty(len(y), y.dtype)
-        kernels.normalize(y, self.norm_eps, u, norm)
+        u, norm = backend.kernels(y).normalize(y, self.norm_eps)
         u = u.reshape(*lead, self.rank, self.dim)
         open_ = sigmoid(a[..., size:])
         return (self.kind, (u, a.dtype.type(self.alpha_max) * open_)), (u, norm, open_)
@@ -99,8 +98,7 @@ class LowRankMap(MixerMap):
         u, norm, open_ = kept
         u_bar, alpha_bar = bars
         size = self.rank * self.dim
-        y_bar = np.empty_like(rows(u))
-        kernels.normalize_vjp(rows(u), norm, self.norm_eps, rows(u_bar), y_bar)
+        y_bar = backend.kernels(u).normalize_vjp(rows(u), norm, self.norm_eps, rows(u_bar))
         abar = np.empty_like(a)
         abar[..., :size] = activate_vjp(self.activation, a[..., :size], y_bar.reshape(*a.shape[:-1], size))
         abar[..., size:] = sigmoid_vjp(open_, a.dtype.type(self.alpha_max) * alpha_bar)
@@ -156,8 +154,7 @@ class KroneckerMap(MixerMap):
         params, kept = [], []
         for entries, diagonal, options in self._factors(a):
             p, diag = rows(activate(self.activation, a[..., entries])), rows(sigmoid(a[..., diagonal]))
-            k = np.empty((*diag.shape, diag.shape[1]), a.dtype)
-            run(kernels.kronecker_factor, len(p), k.size * k.shape[-1], p, diag, *options, k)
+            k = backend.kernels(a).kronecker_factor(p, diag, *options)
             params.append(k.reshape(*a.shape[:-1], *k.shape[1:]))
             kept.append((p, diag))
         return (self.kind, tuple(params)), kept
@@ -165,10 +162,8 @@ class KroneckerMap(MixerMap):
     def build_vjp(self, a: Array, kept: Any, bars: Any) -> Array:
         abar, lead = np.empty_like(a), a.shape[:-1]
         for (entries, diagonal, options), (p, diag), bar in zip(self._factors(a), kept, bars, strict=True):
-            p_bar, diag_bar = np.empty_like(p), np.empty_like(diag)
-            k_bar = bar.reshape(*diag.shape, diag.shape[1])
-            work = k_bar.size * k_bar.shape[-1]
-            run(kernels.kronecker_factor_vjp, len(p), work, p, diag, *options, k_bar, p_bar, diag_bar)
+            k_bar = backend.contiguous(bar).reshape(*diag.shape, diag.shape[1])
+            p_bar, diag_bar = backend.kernels(a).kronecker_factor_vjp(p, diag, *options, k_bar)
             abar[..., entries] = activate_vjp(
                 self.activation, a[..., entries], p_bar.reshape(*lead, p.shape[1])
             )
@@ -210,8 +205,7 @@ class MonarchMap(MixerMap):
         p = activate(self.activation, a[..., :size]).reshape(
             math.prod(a.shape[:-1]) * self.blocks, triangle(b)
         )
-        blocks = np.empty((len(p), b, b), p.dtype)
-        run(kernels.monarch_block, len(p), blocks.size * b, p, self.norm_eps, blocks)
+        blocks = backend.kernels(a).monarch_block(p, self.norm_eps, b)
         alpha = sigmoid(a[..., size:])
         return (self.kind, (blocks.reshape(*a.shape[:-1], self.blocks, b, b), alpha)), (p, alpha)
 
@@ -219,9 +213,8 @@ class MonarchMap(MixerMap):
         p, alpha = kept
         blocks_bar, alpha_bar = bars
         b, size = self.block, self.blocks * triangle(self.block)
-        p_bar = np.empty_like(p)
-        blocks_bar = np.ascontiguousarray(blocks_bar).reshape(len(p), b, b)
-        run(kernels.monarch_block_vjp, len(p), blocks_bar.size * b, p, self.norm_eps, blocks_bar, p_bar)
+        blocks_bar = backend.contiguous(blocks_bar).reshape(len(p), b, b)
+        p_bar = backend.kernels(a).monarch_block_vjp(p, self.norm_eps, blocks_bar)
         abar = np.empty_like(a)
         abar[..., :size] = activate_vjp(self.activation, a[..., :size], p_bar.reshape(*a.shape[:-1], size))
         abar[..., size:] = sigmoid_vjp(alpha, alpha_bar)
@@ -251,7 +244,7 @@ class DenseMap(MixerMap):
 
     def _power(self, gram: Array) -> tuple[list[Array], list[Array], Array]:
         """The iterates ``v``, the products ``Q v`` and the last one's norm."""
-        vectors = [np.full((*gram.shape[:-1], 1), 1.0 / math.sqrt(self.dim), gram.dtype)]
+        vectors = [backend.ones((*gram.shape[:-1], 1), gram) / gram.dtype.type(math.sqrt(self.dim))]
         products: list[Array] = []
         for _ in range(self.iterations):
             products.append(gram @ vectors[-1])
@@ -261,7 +254,7 @@ class DenseMap(MixerMap):
 
     def build(self, a: Array) -> Built:
         p = activate(self.activation, a)
-        upper = np.zeros((*a.shape[:-1], self.dim, self.dim), a.dtype)
+        upper = backend.zeros((*a.shape[:-1], self.dim, self.dim), a)
         upper[..., *np.triu_indices(self.dim)] = p
         gram = upper @ np.swapaxes(upper, -1, -2)
         vectors, products, norm = self._power(gram)
@@ -294,7 +287,7 @@ class DenseMap(MixerMap):
         # the matrix is symmetric; its cotangents from all iterations are one product
         gram_bar += np.concatenate(bars_w, axis=-1) @ np.swapaxes(np.concatenate(seen, axis=-1), -1, -2)
         upper_bar = (gram_bar + np.swapaxes(gram_bar, -1, -2)) @ upper
-        p_bar = np.ascontiguousarray(upper_bar[..., *np.triu_indices(self.dim)])
+        p_bar = backend.contiguous(upper_bar[..., *np.triu_indices(self.dim)])
         return activate_vjp(self.activation, a, p_bar)
 
 
@@ -318,7 +311,7 @@ class FixedMap(MixerMap):
         return {self.name: x.astype(dtype)}
 
     def _skew(self, params: Params) -> Array:
-        lower = np.tril(params[self.name]).astype(np.float64)
+        lower = np.tril(to_numpy(params[self.name])).astype(np.float64)
         skew: Array = lower - lower.T
         return skew
 
@@ -326,15 +319,18 @@ class FixedMap(MixerMap):
         """``q (D, D)``."""
         q = expm(self._skew(params))
         q = q if self.base is None else self.base @ q
-        return np.ascontiguousarray(q, dtype=params[self.name].dtype)
+        like = params[self.name]
+        found: Array = namespace(like).asarray(np.ascontiguousarray(q, dtype=like.dtype))
+        return found
 
     def matrix_vjp(self, params: Params, q_bar: Array) -> Params:
         """Cotangent of ``X``: the adjoint of the derivative of ``expm`` at ``A`` is its derivative at
         ``A^T``."""
-        wide = q_bar.astype(np.float64)
+        wide = to_numpy(q_bar).astype(np.float64)
         wide = wide if self.base is None else self.base.T @ wide
         skew_bar = expm_frechet(self._skew(params).T, wide, compute_expm=False)
-        return {self.name: np.tril(skew_bar - skew_bar.T).astype(params[self.name].dtype)}
+        found = np.tril(skew_bar - skew_bar.T).astype(params[self.name].dtype)
+        return {self.name: namespace(q_bar).asarray(found)}
 
     def build(self, a: Array) -> Built:
         raise NotImplementedError("a fixed mixer has nothing to build step by step")
@@ -355,7 +351,7 @@ class MixtureMap(MixerMap):
 
     def _pieces(self, a: Array) -> list[Array]:
         ends = np.cumsum([child.stack.outputs for child in self.children])[:-1]
-        return [np.ascontiguousarray(piece) for piece in np.split(a, ends, axis=-1)]
+        return [backend.contiguous(piece) for piece in np.split(a, ends, axis=-1)]
 
     def build(self, a: Array) -> Built:
         built = [child.build(piece) for child, piece in zip(self.children, self._pieces(a), strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fpnumba.arrays import host_room
+from fpnumba.nn import backend
 from fpnumba.reference import products
 
 Array = NDArray[Any]
@@ -16,14 +16,14 @@ Mixer = tuple[str, Any]
 
 def apply(mixer: Mixer, x: Array) -> Array:
     """``Q x``, ``x (B, T, D)``."""
-    return products.apply(host_room().mixers, *mixer, x)
+    return products.apply(backend.room(x).mixers, *mixer, x)
 
 
 def apply_transpose(mixer: Mixer, y: Array) -> Array:
     """``Q^T y``, ``y (B, T, D)``."""
-    return products.apply_transpose(host_room().mixers, *mixer, y)
+    return products.apply_transpose(backend.room(y).mixers, *mixer, y)
 
 
 def cotangent(mixer: Mixer, x: Array, ybar: Array) -> Any:
     """Cotangents of the parameters for ``y = Q x``; for "mixture" a list of such tuples."""
-    return products.cotangent(host_room().mixers, *mixer, x, ybar)
+    return products.cotangent(backend.room(x).mixers, *mixer, x, ybar)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fpnumba.nn import kernels
+from fpnumba.nn import backend
+from fpnumba.nn.backend import contiguous
 from fpnumba.nn.basic import Params
 
 
@@ -131,20 +132,17 @@ class AdamW:
         updated, moments = dict(params), dict(state)
         moments["step"] = np.asarray(step + 1, np.int64)
         for name, grad in grads.items():
-            value = np.ascontiguousarray(params[name])
-            m, v, out = state[f"m.{name}"].copy(), state[f"v.{name}"].copy(), np.empty_like(value)
+            value = contiguous(params[name])
             decay = rate * self.weight_decay if decays(name, value) else 0.0
-            kernels.adamw(
-                value.reshape(-1),
-                np.ascontiguousarray(grad).reshape(-1),
-                m.reshape(-1),
-                v.reshape(-1),
+            flat = (value, contiguous(grad), state[f"m.{name}"], state[f"v.{name}"])
+            found = backend.kernels(value).adamw(
+                *(a.reshape(-1) for a in flat),
                 scale,
                 rate * correction2 / correction1,
                 decay,
-                *self.betas,
+                self.betas,
                 self.eps * correction2,
-                out.reshape(-1),
             )
+            out, m, v = (a.reshape(value.shape) for a in found)
             updated[name], moments[f"m.{name}"], moments[f"v.{name}"] = out, m, v
         return updated, moments

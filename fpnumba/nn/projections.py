@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.arrays import namespace
+from fpnumba.nn.backend import empty, product
 from fpnumba.nn.basic import Params, rows, uniform
 
 Array = NDArray[Any]
@@ -124,10 +126,11 @@ class Stack:
                 params[f"{part.name}.bias"] = np.zeros(part.outputs, dtype)
         return params
 
-    def weights(self, params: Params, dtype: DTypeLike) -> Weights:
-        """The matrices behind the parameters, made once per call."""
-        first = np.empty((self.inner, self.inputs), dtype)
-        bias = np.zeros(self.inner, dtype)
+    def weights(self, params: Params, dtype: DTypeLike, like: Array) -> Weights:
+        """The matrices behind the parameters, made once per call, where `like` lies."""
+        xp = namespace(like)
+        first = xp.empty((self.inner, self.inputs), dtype)
+        bias = xp.zeros(self.inner, dtype)
         seconds: list[Array | None] = []
         at = 0
         for part in self.parts:
@@ -172,11 +175,15 @@ class Weights:
         """``v (..., inner)`` to ``a (..., outputs)``: the second factors."""
         if not self.stack.factored:
             return v
-        a = np.empty((*v.shape[:-1], self.stack.outputs), v.dtype)
+        a = empty((*v.shape[:-1], self.stack.outputs), v)
         at = out = 0
         for part, second in zip(self.stack.parts, self.seconds, strict=True):
             inner = v[..., at : at + part.inner]
-            a[..., out : out + part.outputs] = inner if second is None else inner @ second.T
+            a[..., out : out + part.outputs] = (
+                inner
+                if second is None
+                else product(rows(inner), second, transposed=(False, True)).reshape(*v.shape[:-1], -1)
+            )
             at, out = at + part.inner, out + part.outputs
         return a
 
@@ -184,15 +191,16 @@ class Weights:
         """Cotangent of ``v``; those of the second factors are added to ``bars``."""
         if not self.stack.factored:
             return abar
-        vbar = np.empty((*abar.shape[:-1], self.stack.inner), abar.dtype)
+        vbar = empty((*abar.shape[:-1], self.stack.inner), abar)
         at = out = 0
         for part, second, second_bar in zip(self.stack.parts, self.seconds, bars.seconds, strict=True):
             into, of = slice(at, at + part.inner), slice(out, out + part.outputs)
             if second is None or second_bar is None:
                 vbar[..., into] = abar[..., of]
             else:
-                vbar[..., into] = abar[..., of] @ second
-                second_bar += rows(abar[..., of]).T @ rows(v[..., into])
+                own = rows(abar[..., of])
+                vbar[..., into] = product(own, second).reshape(*abar.shape[:-1], -1)
+                second_bar += product(own, rows(v[..., into]), transposed=(True, False))
             at, out = at + part.inner, out + part.outputs
         return vbar
 
@@ -200,7 +208,7 @@ class Weights:
         """Cotangent of ``v`` alone."""
         if not self.stack.factored:
             return abar
-        vbar = np.empty((*abar.shape[:-1], self.stack.inner), abar.dtype)
+        vbar = empty((*abar.shape[:-1], self.stack.inner), abar)
         at = out = 0
         for part, second in zip(self.stack.parts, self.seconds, strict=True):
             piece = abar[..., out : out + part.outputs]

@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import host_room
-from fpnumba.nn import mixing
+from fpnumba.nn import backend, mixing
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
@@ -67,7 +67,7 @@ class Cell:
 
     def part(self, steps: slice, initial: Array) -> Cell:
         """The same recurrence over some of the steps."""
-        base, lam, v = (np.ascontiguousarray(array[:, steps]) for array in (self.base, self.lam, self.v))
+        base, lam, v = (contiguous(array[:, steps]) for array in (self.base, self.lam, self.v))
         return replace(self, base=base, lam=lam, v=v, initial=initial, made=None)
 
     def before(self, h: Array) -> Array:
@@ -82,7 +82,7 @@ class Cell:
     def share(self) -> float:
         """The part of the tolerance that one of ``T`` steps may use up; section 7, as for chunks."""
         steps = max(self.lam.shape[1], 1)
-        through = float(np.abs(self.lam).max(initial=0.0))
+        through = float(np.abs(self.lam).max()) if self.lam.size else 0.0
         return 0.5 * max(1.0 - through, 1.0 / steps) if np.isfinite(through) else 1.0
 
     def settle(self, h: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
@@ -105,7 +105,8 @@ class Cell:
             return self.made
         arguments = self.base
         if self.feedback is not None:
-            arguments = arguments + (rows(self.before(h)) @ self.feedback.T).reshape(arguments.shape)
+            more = product(rows(self.before(h)), self.feedback, transposed=(False, True))
+            arguments = arguments + more.reshape(arguments.shape)
         a = self.weights.expand(arguments)
         mixer, kept = self.map.build(a)
         made = Made(mixer, arguments, a, kept)
@@ -116,7 +117,7 @@ class Cell:
     def iterate(self, h: Array) -> Array:
         """One application of the whole map."""
         mixed = mixing.apply(self.mix(h).mixer, self.v - h) + h
-        new: Array = host_room().scan.linear_scan(self.lam, self.gate * mixed, self.initial)
+        new: Array = backend.room(h).scan.linear_scan(self.lam, self.gate * mixed, self.initial)
         return new
 
 
@@ -167,7 +168,8 @@ class Bars:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell, gate = self.cell, self.cell.gate
         mixed = mixing.apply(made.mixer, cell.v - h) + h
-        lam_bar, s, _ = host_room().scan.linear_scan_vjp(cell.lam, new, cell.initial, False, new_bar)
+        scan = backend.room(h).scan
+        lam_bar, s, _ = scan.linear_scan_vjp(cell.lam, new, cell.initial, False, contiguous(new_bar))
         e = gate * s
         back = mixing.apply_transpose(made.mixer, e)
         self.lam += lam_bar - s * mixed
@@ -176,12 +178,12 @@ class Bars:
         if arguments_bar is not None:
             self.base += arguments_bar
             if self.feedback is not None:
-                self.feedback += rows(arguments_bar).T @ rows(cell.before(h))
+                self.feedback += product(rows(arguments_bar), rows(cell.before(h)), transposed=(True, False))
         if not through:
             return None
         h_bar: Array = e - back
         if arguments_bar is not None and cell.feedback is not None:
-            h_bar[:, :-1] += (rows(arguments_bar) @ cell.feedback).reshape(h_bar.shape)[:, 1:]
+            h_bar[:, :-1] += product(rows(arguments_bar), cell.feedback).reshape(h_bar.shape)[:, 1:]
         return h_bar
 
 

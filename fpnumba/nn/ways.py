@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.arrays import host_room
-from fpnumba.nn import mixing
+from fpnumba.arrays import namespace
+from fpnumba.nn import backend, mixing
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
@@ -57,7 +58,7 @@ def solve_linear(mixer: Mixer, cell: Cell, solver: Solver, method: str) -> Solve
         here = replace(cell, fixed=mixer)
         plain = replace(solver, method="parallel", chunk=None)
         return relax(here.iterate, np.zeros_like(cell.v), plain, here.finite)[0]
-    solved: Solved = host_room().solve.solve(
+    solved: Solved = backend.room(cell.v).solve.solve(
         kind,
         params,
         cell.lam,
@@ -86,7 +87,7 @@ def solve_linear_adjoint(
         def iterate(s: Array) -> Array:
             e = gate * s
             z = hbar + e - mixing.apply_transpose(mixer, e)
-            new: Array = host_room().scan.linear_scan(after, z, None, True)
+            new: Array = backend.room(z).scan.linear_scan(after, z, None, True)
             return new
 
         plain = Solver(
@@ -97,7 +98,7 @@ def solve_linear_adjoint(
             damping=solver.damping,
         )
         return relax(iterate, np.zeros_like(hbar), plain, lambda b: bool(np.isfinite(hbar[b]).all()))[0]
-    solved: Solved = host_room().solve.solve_adjoint(
+    solved: Solved = backend.room(hbar).solve.solve_adjoint(
         kind,
         params,
         lam,
@@ -118,23 +119,37 @@ class Verdict:
     """Iterations, residual and status of a solve that goes chunk by chunk."""
 
     def __init__(self, batch: int) -> None:
-        self.counts: list[NDArray[np.int64]] = []
-        self.residual = np.zeros(batch)
-        self.status = np.zeros(batch, np.int8)
+        self._batch = batch
+        self._parts: list[tuple[Any, Any, Any]] = []
 
     def add(self, solved: Solved) -> None:
         """The next chunk; the first failure of a sequence stays its status."""
-        self.counts.append(solved.iterations)
-        self.residual = np.maximum(self.residual, solved.residual)
-        self.status = np.where(self.status == Status.CONVERGED, solved.status, self.status).astype(np.int8)
+        self._parts.append((solved.iterations, solved.residual, solved.status))
+
+    def add_status(self, status: Array) -> None:
+        """The next chunk, of a solve that does not iterate."""
+        xp = namespace(status)
+        self._parts.append((xp.ones(self._batch, np.int64), xp.zeros(self._batch), status))
 
     def solution(self, value: Array, method: str, history: NDArray[np.float64] | None = None) -> Solution:
-        """All of them together."""
-        batch = len(self.status)
-        counts = np.stack(self.counts, -1) if self.counts else np.zeros((batch, 0), np.int64)
-        return Solution(
-            value, self.status, counts.max(-1, initial=0), self.residual, method, counts, history=history
-        )
+        """All of them together; what lies on a device is fetched when it is looked at."""
+        batch = self._batch
+        if not self._parts:
+            none, zero = np.zeros((batch, 0), np.int64), np.zeros(batch)
+            status, counts = zero.astype(np.int8), zero.astype(np.int64)
+            return Solution(value, status, counts, zero, method, none, history=history)
+        xp = namespace(self._parts[0][2])
+        counts, residuals, statuses = (xp.stack(part, -1) for part in zip(*self._parts, strict=True))
+        first = (statuses != int(Status.CONVERGED)).argmax(-1)
+        told: dict[str, Any] = {
+            "status": xp.take_along_axis(statuses, first[:, None], -1)[:, 0].astype(np.int8),
+            "iterations": counts.max(-1),
+            "residual": residuals.max(-1),
+            "chunk_iterations": counts,
+        }
+        if xp is not np:
+            told = backend.room(value).for_the_host(**{n: (a, a.shape) for n, a in told.items()})
+        return Solution(value=value, method=method, history=history, **told)
 
 
 def settles(solver: Solver) -> bool:
@@ -216,7 +231,7 @@ def solve_sequential(cell: Cell, solver: Solver, *, keep: bool) -> Solve:
         here = cell.part(slice(t, t + 1), before)
         made = here.mix(here.v)
         solved = solve_linear(made.mixer, here, tight, method)
-        h[:, t] = before = np.ascontiguousarray(solved.value[:, 0])
+        h[:, t] = before = contiguous(solved.value[:, 0])
         verdict.add(solved)
         if keep:
             made_steps.append(made)
@@ -276,15 +291,15 @@ def pull_sequential(
     before, s, verdict = cell.before(h), np.empty_like(h), Verdict(batch)
     r, at_t = hbar[:, -1] if steps else None, cell
     for t in range(steps - 1, -1, -1):
-        at_t = cell.part(slice(t, t + 1), np.ascontiguousarray(before[:, t]))
+        at_t = cell.part(slice(t, t + 1), contiguous(before[:, t]))
         made = found.steps[t] if found.steps else at_t.mix(at_t.v)
-        r_t = np.ascontiguousarray(r)[:, None]
+        r_t = contiguous(r)[:, None]
         solved = solve_linear_adjoint(made.mixer, at_t.lam, r_t, tight, whole, method)
         verdict.add(solved)
         s_t = solved.value
         e = (1 - at_t.lam) * s_t
         s[:, t], bars.v[:, t] = s_t[:, 0], mixing.apply_transpose(made.mixer, e)[:, 0]
-        h_t = np.ascontiguousarray(h[:, t : t + 1])
+        h_t = contiguous(h[:, t : t + 1])
         d = at_t.v - h_t
         mixed = mixing.apply(made.mixer, d) + h_t
         bars.lam[:, t] = (s_t * (before[:, t : t + 1] - mixed))[:, 0]
@@ -294,9 +309,9 @@ def pull_sequential(
         if arguments_bar is not None:
             bars.base[:, t] = arguments_bar[:, 0]
             if t and cell.feedback is not None:
-                r = r + arguments_bar[:, 0] @ cell.feedback
+                r = r + product(arguments_bar[:, 0], cell.feedback)
     if bars.feedback is not None:
-        bars.feedback += rows(bars.base).T @ rows(before)
+        bars.feedback += product(rows(bars.base), rows(before), transposed=(True, False))
     return bars, verdict.solution(s, "sequential")
 
 

@@ -1,0 +1,128 @@
+"""The compiled loops of the layers as functions of arrays; `fpnumba.gpu.maps` has the same doors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpnumba.cpu._threads import run
+from fpnumba.nn import kernels, mixer_kernels
+
+Array = NDArray[Any]
+
+ACTIVATIONS = {
+    "identity": kernels.IDENTITY,
+    "relu": kernels.RELU,
+    "silu": kernels.SILU,
+    "sigmoid": kernels.SIGMOID,
+}
+
+
+def activate(name: str, x: Array) -> Array:
+    """``activation(x)``, elementwise."""
+    y = np.empty_like(x)
+    kernels.activate(ACTIVATIONS[name], x.reshape(-1), y.reshape(-1))
+    return y
+
+
+def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
+    """``activation'(x) * ybar``."""
+    xbar = np.empty_like(x)
+    kernels.activate_vjp(ACTIVATIONS[name], x.reshape(-1), ybar.reshape(-1), xbar.reshape(-1))
+    return xbar
+
+
+def normalize(y: Array, eps: float) -> tuple[Array, Array]:
+    """``u = y / max(||y||, eps)`` row by row, ``(N, D)``, and the norms ``(N,)`` before the maximum."""
+    u, norm = np.empty_like(y), np.empty(len(y), y.dtype)
+    mixer_kernels.normalize(y, eps, u, norm)
+    return u, norm
+
+
+def normalize_vjp(u: Array, norm: Array, eps: float, ubar: Array) -> Array:
+    """Cotangent of :func:`normalize`."""
+    ybar = np.empty_like(u)
+    mixer_kernels.normalize_vjp(u, norm, eps, ubar, ybar)
+    return ybar
+
+
+def kronecker_factor(
+    p: Array, diag: Array, start: float, eps: float, spectral: bool, scale: float, flip: bool
+) -> Array:
+    """``K = scale * diag(diag) r / divisor``, transposed if `flip`: see :mod:`fpnumba.nn.mixer_kernels`."""
+    k = np.empty((*diag.shape, diag.shape[1]), p.dtype)
+    options = start, eps, spectral, scale, flip
+    run(mixer_kernels.kronecker_factor, len(p), k.size * k.shape[-1], p, diag, *options, k)
+    return k
+
+
+def kronecker_factor_vjp(
+    p: Array, diag: Array, start: float, eps: float, spectral: bool, scale: float, flip: bool, k_bar: Array
+) -> tuple[Array, Array]:
+    """Cotangents of `p` and `diag` of :func:`kronecker_factor`."""
+    p_bar, diag_bar = np.empty_like(p), np.empty_like(diag)
+    options = start, eps, spectral, scale, flip
+    work = k_bar.size * k_bar.shape[-1]
+    run(mixer_kernels.kronecker_factor_vjp, len(p), work, p, diag, *options, k_bar, p_bar, diag_bar)
+    return p_bar, diag_bar
+
+
+def monarch_block(p: Array, eps: float, size: int) -> Array:
+    """``M = U U^T / (largest column norm + eps)``; ``p (N, b (b + 1) / 2)`` to ``(N, b, b)``."""
+    blocks = np.empty((len(p), size, size), p.dtype)
+    run(mixer_kernels.monarch_block, len(p), blocks.size * size, p, eps, blocks)
+    return blocks
+
+
+def monarch_block_vjp(p: Array, eps: float, blocks_bar: Array) -> Array:
+    """Cotangent of :func:`monarch_block`."""
+    p_bar = np.empty_like(p)
+    work = blocks_bar.size * blocks_bar.shape[1]
+    run(mixer_kernels.monarch_block_vjp, len(p), work, p, eps, blocks_bar, p_bar)
+    return p_bar
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """``y = weight * x * scale``, and ``scale = 1 / sqrt(mean(x^2) + eps)``; ``x (N, D)``."""
+    y, scale = np.empty_like(x), np.empty(len(x), x.dtype)
+    kernels.rms_norm(x, weight, eps, y, scale)
+    return y, scale
+
+
+def rms_norm_vjp(x: Array, weight: Array, scale: Array, ybar: Array) -> tuple[Array, Array]:
+    """Cotangents of `x` and `weight` of :func:`rms_norm`."""
+    xbar, weight_bar = np.empty_like(x), np.zeros_like(weight)
+    kernels.rms_norm_vjp(x, weight, scale, ybar, xbar, weight_bar)
+    return xbar, weight_bar
+
+
+def conv(x: Array, taps: Array, bias: Array) -> Array:
+    """``y_t = bias + sum_k taps_k x_{t-(W-1)+k}``, zeros before the first step; ``x (B, T, C)``, ``taps (W, C)``."""
+    past, y = np.zeros((len(x), len(taps) - 1, x.shape[2]), x.dtype), np.empty_like(x)
+    kernels.conv(x, taps, bias, past, y)
+    return y
+
+
+def conv_vjp(x: Array, taps: Array, ybar: Array) -> tuple[Array, Array, Array]:
+    """Cotangents of `x`, `taps` and the bias of :func:`conv`."""
+    xbar, taps_bar, bias_bar = np.zeros_like(x), np.zeros_like(taps), np.zeros(x.shape[2], x.dtype)
+    kernels.conv_vjp(x, taps, ybar, xbar, taps_bar, bias_bar)
+    return xbar, taps_bar, bias_bar
+
+
+def scatter_rows(indices: NDArray[np.integer[Any]], rows: Array, count: int) -> Array:
+    """A table ``(count, D)`` of the sums of the rows of each index, the same every time."""
+    table = np.zeros((count, rows.shape[1]), rows.dtype)
+    kernels.scatter_rows(indices, rows, table)
+    return table
+
+
+def adamw(
+    p: Array, g: Array, m: Array, v: Array, scale: float, rate: float, decay: float, betas: Any, eps: float
+) -> tuple[Array, Array, Array]:
+    """One AdamW step of flat arrays: the new parameters and moments; see :mod:`fpnumba.nn.kernels`."""
+    out, m, v = np.empty_like(p), m.copy(), v.copy()
+    kernels.adamw(p, g, m, v, scale, rate, decay, *betas, eps, out)
+    return out, m, v

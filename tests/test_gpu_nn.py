@@ -1,0 +1,181 @@
+"""Layers on a device give what they give on the CPU: values, gradients, decoding, training."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_machine import GpuRoom as Room
+from numpy.testing import assert_allclose
+
+from fpnumba import nn
+from fpnumba.arrays import Room as Doors
+from fpnumba.gpu import use_precision
+from fpnumba.nn import backend
+from fpnumba.solve import Adjoint, Solver
+
+SOLVER: dict[str, Any] = {"rtol": 1e-12, "on_failure": "ignore"}
+LAYERS: dict[str, dict[str, Any]] = {
+    "householder": {},
+    "householder of two": {"rank": 2},
+    "dplr, lambda sees": {"mixer": "dplr", "hidden": ("lambda", "mixer", "b", "c")},
+    "kronecker": {"mixer": "kronecker"},
+    "monarch": {"mixer": "monarch", "rank": 4},
+    "dense": {"mixer": "dense"},
+    "fixed": {"mixer": "fixed"},
+    "mixture": {"mixer": "mixture", "rank": 2},
+    "projected": {"projection_rank": 3},
+    "symmetric, gate in the loop": {"symmetric": True, "gate": "both"},
+    "convolved": {"short_conv": 3},
+    "nothing sees": {"hidden": ()},
+    "relu": {"activation": "relu", "hidden": ("mixer",)},
+}
+
+
+@pytest.fixture
+def room(gpu_room: Room, monkeypatch: pytest.MonkeyPatch) -> Room:
+    """The GPU room; in the stand-in its arrays are NumPy's, and layers are told that they are not on the host."""
+    if gpu_room.name == "simt":
+        monkeypatch.setattr(backend, "on_host", lambda array: False)
+        monkeypatch.setattr(backend, "room", lambda array: Doors("gpu"))
+    return gpu_room
+
+
+class Host:
+    """The CPU, for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def __call__(self, function: Any) -> Any:
+        with self._patch.context() as patch:
+            patch.setattr(backend, "on_host", lambda array: isinstance(array, np.ndarray))
+            patch.setattr(backend, "room", ROOM)
+            return function()
+
+
+ROOM = backend.room
+
+
+def put(room: Room, params: Any) -> Any:
+    return {name: room.give(np.ascontiguousarray(a)) for name, a in params.items()}
+
+
+def close(room: Room, found: Any, wanted: Any, tolerance: float = 1e-8) -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            scale = 1 + np.abs(wanted[name]).max(initial=0.0)
+            assert_allclose(room.get(found[name]), wanted[name], rtol=0, atol=tolerance * scale, err_msg=name)
+    else:
+        close(room, {"value": found}, {"value": wanted}, tolerance)
+
+
+def compare(
+    room: Room, layer: Any, rng: Any, monkeypatch: Any, *, steps: int = 4, tolerance: float = 1e-8
+) -> None:
+    params = layer.init(rng, np.float64)
+    x, y_bar = rng.standard_normal((2, steps, layer.d_model)), rng.standard_normal((2, steps, layer.d_model))
+
+    def on_the_host() -> Any:
+        y, pullback = layer.vjp(params, x)
+        return y, *pullback(y_bar)
+
+    y, grads, x_bar = Host(monkeypatch)(on_the_host)
+    record: list[Any] = []
+    found, pullback = layer.vjp(put(room, params), room.give(x), record=record)
+    assert type(found) is type(room.give(x))
+    assert record[0].converged.shape == (2,)
+    close(room, found, y, tolerance)
+    their_grads, their_bar = pullback(room.give(y_bar))
+    close(room, their_grads, grads, tolerance)
+    close(room, their_bar, x_bar, tolerance)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fpmamba(room: Room, name: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"alpha_max": 0.6, "d_state": 3} | LAYERS[name]
+    layer = nn.FPMamba(
+        8, solver=Solver(**SOLVER), adjoint=Adjoint(rtol=1e-12, on_failure="ignore"), **options
+    )
+    compare(room, layer, rng, monkeypatch)
+
+
+@pytest.mark.parametrize("mixer", ["householder", "kronecker"])
+def test_fpmamba2(room: Room, mixer: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"d_state": 3, "head_dim": 4, "alpha_max": 0.6, "short_conv": 2}
+    layer = nn.FPMamba2(8, mixer=mixer, solver=Solver(**SOLVER), adjoint=Adjoint(rtol=1e-12), **options)
+    compare(room, layer, rng, monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["parallel", "chunked"])
+@pytest.mark.parametrize("adjoint", [Adjoint("one-step"), Adjoint("neumann", terms=3), Adjoint(rtol=1e-12)])
+def test_other_ways(
+    room: Room, method: str, adjoint: Adjoint, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = Solver(method, chunk=3 if method == "chunked" else None, **SOLVER)
+    layer = nn.FPMamba(8, d_state=3, alpha_max=0.5, solver=solver, adjoint=adjoint)
+    compare(room, layer, rng, monkeypatch)
+
+
+@pytest.mark.parametrize("mixer", ["householder", "kronecker", "fixed"])
+@pytest.mark.parametrize("hidden", [("mixer",), ()])
+def test_fprnn(room: Room, mixer: str, hidden: Any, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adjoint = Adjoint(rtol=1e-12, on_failure="ignore")
+    layer = nn.FPRNN(6, mixer=mixer, hidden=hidden, alpha_max=0.7, solver=Solver(**SOLVER), adjoint=adjoint)
+    compare(room, layer, rng, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{}, {"mixer": "kronecker", "short_conv": 3}])
+def test_decoding_is_the_whole(room: Room, options: Any, rng: Any) -> None:
+    layer = nn.FPMamba(8, d_state=3, alpha_max=0.6, solver=Solver(**SOLVER), **options)
+    params, x = put(room, layer.init(rng, np.float64)), room.give(rng.standard_normal((2, 7, 8)))
+    whole = room.get(layer(params, x))
+    first, state = layer.prefill(params, backend.contiguous(x[:, :3]))
+    outputs = [room.get(first)[:, t] for t in range(3)]
+    for t in range(3, 7):
+        y, state = layer.step(params, backend.contiguous(x[:, t]), state)
+        outputs.append(room.get(y))
+    assert_allclose(np.stack(outputs, 1), whole, rtol=0, atol=1e-9)
+
+
+def test_a_model_trains(room: Room, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"kind": "FPMamba", "d_state": 3, "alpha_max": 0.6, "solver": Solver(**SOLVER)}
+    model = nn.Model(7, 5, d_model=8, n_layers=2, layer=options, mlp=6)
+    params, optimizer = model.init(rng, np.float64), nn.AdamW(1e-2, clip=1.0)
+    tokens, targets = rng.integers(0, 7, (3, 4)), rng.integers(0, 5, (3, 4))
+    targets[0, 0] = -100
+
+    def train(params: Any, tokens: Any, targets: Any) -> Any:
+        state, losses = optimizer.init(params), []
+        for _ in range(3):
+            logits, pullback = model.vjp(params, tokens)
+            loss, bar = nn.cross_entropy_vjp(logits, targets)
+            losses.append(float(loss))
+            params, state = optimizer.update(params, pullback(bar)[0], state)
+        return losses, params, nn.accuracy(logits, targets)
+
+    losses, wanted, share = Host(monkeypatch)(lambda: train(params, tokens, targets))
+    found, theirs, their_share = train(put(room, params), room.give(tokens), room.give(targets))
+    assert_allclose(found, losses, rtol=1e-7)
+    assert float(their_share) == share
+    close(room, theirs, wanted, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "error"), [("float32", 3e-4), ("tf32", 2e-2), ("bfloat16", 0.1)])
+def test_precisions(name: str, error: float, rng: Any) -> None:
+    import cupy
+
+    layer = nn.FPMamba(64, alpha_max=0.9, solver=Solver(rtol=1e-6, on_failure="ignore"))
+    double = layer.init(rng, np.float64)
+    x = rng.standard_normal((3, 9, 64))
+    wanted, pullback = layer.vjp(double, x)
+    grads, _ = pullback(np.ones_like(wanted))
+    params = {n: cupy.asarray(a.astype(np.float32)) for n, a in double.items()}
+    with use_precision(name):
+        found, their_pullback = layer.vjp(params, cupy.asarray(x.astype(np.float32)))
+        theirs, _ = their_pullback(cupy.ones_like(found))
+    assert found.dtype == np.float32
+    assert np.abs(found.get() - wanted).max() <= error * np.abs(wanted).max()
+    for key, grad in grads.items():
+        assert np.abs(theirs[key].get() - grad).max() <= 3 * error * (np.abs(grad).max() + 1e-3), key
