@@ -176,7 +176,10 @@ def host_room() -> Room:
     TypeError
     """
     if _room.get() == "gpu":
-        raise TypeError("layers and models compute on the CPU: they cannot run inside use_room('gpu')")
+        raise TypeError(
+            "layers and models compute NumPy's arrays on the CPU, and so not inside use_room('gpu'); for the GPU give "
+            "them CuPy's arrays (cupy.asarray), parameters too"
+        )
     return room()
 
 

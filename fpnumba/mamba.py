@@ -102,7 +102,8 @@ def fixed_point_mamba(
     Raises
     ------
     TypeError
-        For lists and numbers, for arrays of different kinds or dtypes, and for arrays on a GPU.
+        For lists and numbers, for arrays of different kinds or dtypes or on different devices, and for dtypes that
+        are not floating point.
     ValueError
         For shapes that do not match, and for options that this function does not have.
     ConvergenceError
@@ -195,10 +196,6 @@ class MatrixProblem:
             raise ValueError(
                 f"argument `A`: got {call.sizes['H']} heads, which do not divide {call.sizes['D']} channels"
             )
-        if call.room.name == "gpu":
-            raise TypeError(
-                "fixed_point_mamba has no GPU kernels in this version; move the arrays to the CPU first"
-            )
         low_rank = isinstance(mixer, DPLR | Householder)
         if solver.policies() or solver.method not in (
             "auto",
@@ -209,25 +206,29 @@ class MatrixProblem:
                 f"argument `solver`: got method {solver.method!r} (or a policy of the whole iteration), expected "
                 "'auto' or 'sequential', or 'direct' with a DPLR or Householder mixer"
             )
-        dim, compute = call.sizes["D"], call.compute
-        skip, norm_weight, norm_bias = call.get("D"), call.get("weight"), call.get("bias")
-        whole = None
-        if norm is not None:
-            norm_weight = np.ones(dim, compute) if norm_weight is None else norm_weight
-            whole = Norm(norm_weight, norm_bias, float(eps), norm == "layer")
-        system = System(
-            mixer.kind,
-            tuple(call[name] for name in mixer.arguments()),
-            call["x"],
-            call["delta"],
-            call["A"],
-            call["B"],
-            call["C"],
-            np.zeros(dim, compute) if skip is None else skip,
-            call.get("gate"),
-            whole,
-        )
-        return cls(call, call.room.mamba, mixer, system, call.get("initial"))
+        xp, dim, compute = call.room.xp, call.sizes["D"], call.compute
+        with call.room.current():
+
+            def wide(name: str) -> Any:
+                """In the dtype of the computation: several kernels share the work on a device."""
+                array = call.get(name)
+                return None if array is None else array.astype(compute, copy=False)
+
+            skip, norm_weight, norm_bias = wide("D"), wide("weight"), wide("bias")
+            whole = None
+            if norm is not None:
+                norm_weight = xp.ones(dim, compute) if norm_weight is None else norm_weight
+                whole = Norm(norm_weight, norm_bias, float(eps), norm == "layer")
+            system = System(
+                mixer.kind,
+                tuple(wide(name) for name in mixer.arguments()),
+                *(wide(name) for name in ("x", "delta", "A", "B", "C")),
+                xp.zeros(dim, compute) if skip is None else skip,
+                wide("gate"),
+                whole,
+            )
+            initial = wide("initial")
+        return cls(call, call.room.mamba, mixer, system, initial)
 
     def solve(self, solver: Solver) -> tuple[MatrixSolution, Float]:
         """Solve (M), say so if that failed, and return the solution and the room's own ``y``."""
@@ -240,33 +241,43 @@ class MatrixProblem:
             max_iter=solver.max_iter,
             damping=solver.damping,
         )
-        lead = self.call.lead
+        told = self._told(solved.status, solved.iterations, solved.residual)
+        last = self.call.back(solved.last_state)
         solution = MatrixSolution(
-            self.call.back(solved.value),
-            solved.status.reshape(lead),
-            solved.iterations.reshape(lead),
-            solved.residual.reshape(lead),
-            "sequential",
-            solved.iterations.reshape(*lead, 1),
-            last_state=self.call.back(solved.last_state),
+            value=self.call.back(solved.value), method="sequential", last_state=last, **told
         )
         report("fixed_point_mamba", solution, solver.on_failure)
         return solution, solved.value
 
+    def _told(self, status: Any, iterations: Any, residual: Any) -> dict[str, Any]:
+        """What is said of a solve; from a device when it is looked at."""
+        lead = self.call.lead
+        with self.call.room.current():
+            told: dict[str, Any] = self.call.room.for_the_host(
+                status=(status, lead),
+                iterations=(iterations, lead),
+                residual=(residual, lead),
+                chunk_iterations=(iterations, (*lead, 1)),
+            )
+        return told
+
     def pull_back(self, y: Float, y_bar: Float, adjoint: Adjoint) -> tuple[Bars, Solution | None]:
         """The cotangents that the room finds for `y_bar` at the solution `y`, and how (None but for the exact ones)."""
-        if adjoint.method != "implicit":
-            z = term = y_bar
-            for _ in range(adjoint.terms or 0):
-                term = self.doors.application_vjp(self.system, self.initial, y, term).y
-                z = z + term
-            return self.doors.application_vjp(self.system, self.initial, y, z), None
+        with self.call.room.current():
+            y_bar = y_bar.astype(self.call.compute, copy=False)
+            if adjoint.method != "implicit":
+                z = term = y_bar
+                for _ in range(adjoint.terms or 0):
+                    term = self.doors.application_vjp(self.system, self.initial, y, term).y
+                    z = z + term
+                return self.doors.application_vjp(self.system, self.initial, y, z), None
         share = 0.5 / max(y.shape[1], 1)
         bars, status = self.doors.pullback(
             self.system, self.initial, y, y_bar, None, rtol=adjoint.rtol * share, max_iter=adjoint.max_iter
         )
-        lead, count = self.call.lead, np.ones(len(y), np.int64)
-        told = (status.reshape(lead), count.reshape(lead), np.zeros(lead))
-        solution = Solution(self.call.back(bars.y), *told, "sequential", count.reshape(*lead, 1))
+        xp = self.call.room.xp
+        with self.call.room.current():
+            told = self._told(status, xp.ones(len(y), np.int64), xp.zeros(len(y)))
+        solution = Solution(value=self.call.back(bars.y), method="sequential", **told)
         report("the adjoint of fixed_point_mamba", solution, adjoint.on_failure)
         return bars, solution

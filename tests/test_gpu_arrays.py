@@ -265,3 +265,37 @@ def test_info_of_a_device(cupy: Any) -> None:
         "room gpu",
     ):
         assert expected in said
+
+
+@pytest.mark.parametrize("kind", ["householder", "kronecker", "fixed"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_fixed_point_mamba(kind: str, dtype: str, cupy: Any) -> None:
+    p = problem(0, kind, batch=2, steps=5, dim=4, bound=0.5)
+    rng = np.random.default_rng(1)
+    mixer = mixer_of(p)
+    rest = (
+        p.x,
+        rng.uniform(0.1, 0.5, p.x.shape),
+        -rng.uniform(0.5, 1, (4, 3)),
+        *rng.normal(size=(2, 2, 5, 3)),
+    )
+    options: dict[str, Any] = {"D": rng.uniform(0.3, 0.6, 4), "gate": rng.uniform(0.3, 0.8, p.x.shape)}
+    rtol = 1e-10 if dtype == "float64" else 1e-5
+
+    def run(change: Any) -> Any:
+        given = type(mixer)(*map(change, mixer.params)), *map(change, rest)
+        solver, adjoint = fp.Solver(rtol=rtol, max_iter=3000), fp.Adjoint(rtol=rtol)
+        named = {n: change(a) for n, a in options.items()}
+        solution, pullback = fp.vjp(fp.fixed_point_mamba, *given, **named, solver=solver, adjoint=adjoint)
+        bars = pullback(change(p.hbar))
+        assert solution.converged.all()
+        assert bars.solution.converged.all()
+        arrays = (solution.value, solution.last_state, *bars[0].params, *bars[1:], bars.options["D"])
+        assert all(type(a) is type(arrays[0]) and a.dtype == arrays[0].dtype for a in arrays)
+        return [np.asarray(a.get() if hasattr(a, "get") else a, np.float64) for a in arrays]
+
+    wanted = run(lambda a: a.astype(np.float64) if dtype == "float64" else a.astype(dtype).astype(np.float32))
+    found = run(lambda a: cupy.asarray(a.astype(dtype)))
+    tolerance = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2}[dtype]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * (1 + np.abs(other).max()))

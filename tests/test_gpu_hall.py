@@ -99,7 +99,7 @@ def test_layers_do_not_run_inside_the_gpu_room() -> None:
     with (
         pretend.device(),
         fp.arrays.use_room("gpu"),
-        pytest.raises(TypeError, match=r"layers and models compute on the CPU"),
+        pytest.raises(TypeError, match=r"layers and models compute NumPy's arrays on the CPU"),
     ):
         layer(params, x)
 
