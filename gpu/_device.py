@@ -114,6 +114,45 @@ def loaded() -> list[Kernel]:
     return [kernel for at, kernel in _loaded if at == device]
 
 
+class Repeated:
+    """A launch that is repeated with few of its arguments changed: those are written into the packed ones.
+
+    Parameters
+    ----------
+    kernel, blocks, threads, arguments, shared
+        As of :func:`launch`.
+    """
+
+    def __init__(
+        self, kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0
+    ) -> None:
+        self._plain = (kernel, blocks, threads, shared) if not hasattr(xp(), "cuda") else None
+        self._arguments = list(arguments)
+        if self._plain is None and blocks:
+            cuda = xp().cuda
+            self._at, (data, table) = _packed(arguments)
+            self._data, self._table, self._launch = data, table, cuda.driver.launchKernel
+            shape = blocks, 1, 1, threads, 1, 1, shared, cuda.get_current_stream().ptr
+            self._call = (_function(kernel, shared).kernel.ptr, *shape)
+            self._begin = ctypes.addressof(data)
+        self._blocks = blocks
+
+    def __call__(self, **changed: Any) -> None:
+        """Launch; ``_3=array`` puts an array, or a number of eight bytes, in the place of argument 3."""
+        if self._plain is not None:
+            for place, value in changed.items():
+                self._arguments[int(place[1:])] = value
+            kernel, blocks, threads, shared = self._plain
+            launch(kernel, blocks, threads, tuple(self._arguments), shared=shared)
+            return
+        if not self._blocks:
+            return
+        for place, value in changed.items():
+            number = 0 if value is None else int(value) if isinstance(value, np.integer) else value.data.ptr
+            ctypes.c_int64.from_address(self._begin + 8 * int(place[1:])).value = number
+        self._launch(*self._call, self._at, 0)
+
+
 def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], *, shared: int = 0) -> None:
     """Launch on the current stream of the current device.
 
@@ -249,10 +288,22 @@ def matmul(a: Any, b: Any, out: Any = None) -> Any:
 # cuBLAS's names of a float32 and a float64, and of what is computed in
 _SINGLE, _DOUBLE = 0, 1
 _COMPUTE = {
+    "float64": "CUBLAS_COMPUTE_64F",
     "float32": "CUBLAS_COMPUTE_32F",
     "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
     "bfloat16": "CUBLAS_COMPUTE_32F_FAST_16BF",
 }
+
+
+_ONE_ZERO = {name: np.array([1, 0], name) for name in ("float32", "float64")}
+
+
+@cache
+def _gemm(precision: str) -> tuple[Any, int, int]:
+    """The product, in what it is computed, and where a one and a zero lie."""
+    cublas = xp().cuda.cublas
+    numbers = _ONE_ZERO["float64" if precision == "float64" else "float32"]
+    return cublas.gemmEx, getattr(cublas, _COMPUTE[precision]), int(numbers.ctypes.data)
 
 
 def product(
@@ -288,12 +339,11 @@ def product(
     if 0 in (rows, inner, columns):
         out[...] = 0
         return out
-    cublas, double = array.cuda.cublas, a.dtype == np.float64
+    double = a.dtype == np.float64
+    gemm, compute, one_zero = _gemm("float64" if double else precision)
     kind, size = (_DOUBLE, 8) if double else (_SINGLE, 4)
-    compute = getattr(cublas, "CUBLAS_COMPUTE_64F" if double else _COMPUTE[precision])
-    one_zero = np.array([1, 0], a.dtype)
     # cuBLAS has columns where we have rows: the transposed product
-    cublas.gemmEx(
+    gemm(
         *(
             array.cuda.device.get_cublas_handle(),
             int(transposed[1]),
@@ -302,9 +352,9 @@ def product(
             rows,
             inner,
         ),
-        *(one_zero.ctypes.data, b.data.ptr, kind, max(b.strides[0] // size, 1)),
+        *(one_zero, b.data.ptr, kind, max(b.strides[0] // size, 1)),
         *(a.data.ptr, kind, max(a.strides[0] // size, 1)),
-        *(one_zero.ctypes.data + size, out.data.ptr, kind, columns, compute, -1),
+        *(one_zero + size, out.data.ptr, kind, columns, compute, -1),
     )
     return out
 

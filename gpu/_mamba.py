@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     threads: int
     channels: int
     states: int
+    full: bool  # whether N is `states`
     act: str | None = None  # of the arguments that the mixer is made from; None where it is given
 
     def kernel(self, name: str) -> _device.Kernel:
@@ -56,16 +57,17 @@ class Layout(NamedTuple):
             "THREADS": self.threads,
             "CHANNELS": self.channels,
             "STATES": self.states,
+            "FULL": int(self.full),
             "MADE": int(self.act is not None),
             "ACT": ACTS[self.act],
         }
         return _device.Kernel.of(f"{name}.cu", name, macros)
 
-    def shared(self, size: int, more: int, *sums: int) -> int:
+    def shared(self, more: int, *sums: int) -> int:
         """Bytes of shared memory: rows of B and C, `more` numbers, and rounds of so many sums."""
         warps = self.threads // 32
         each = [n if warps == 1 else 2 * n * warps for n in sums]
-        return (2 * size + more + sum(each)) * (8 if self.dtype == "float64" else 4)
+        return (2 * self.states + more + sum(each)) * (8 if self.dtype == "float64" else 4)
 
 
 @lru_cache(256)
@@ -77,7 +79,10 @@ def layout(
     states = 4
     while states < size:
         states *= 2
-    return Layout(dtype, rank, product, mode, gated, heads, threads, -(-dim // threads), states)
+    return Layout(
+        *(dtype, rank, product, mode, gated, heads, threads, -(-dim // threads), states),
+        full=states == size,
+    )
 
 
 def _layout(s: System) -> Layout:
@@ -108,6 +113,11 @@ def _inputs(s: System) -> tuple[Any, ...]:
 
 def _heads(s: System) -> np.int32:
     return np.int32(s.A.shape[0] if s.A.ndim == 1 else 1)
+
+
+def _aligned(s: System) -> System:
+    """With rows of ``A`` that begin where the widest access may."""
+    return s._replace(A=_shapes.aligned(s.A)[0])
 
 
 class Arguments(NamedTuple):
@@ -182,10 +192,11 @@ class _Walk:
         weight, bias, eps = _norm(s)
         rtol, atol, max_iter, damping = options
         sums = 1 + 3 * rank + gram, 1 + 2 * rank + rank * (rank + 1) // 2 + rank**2, rank
-        self._shared = one.shared(size, 2 * rank + 4 + one.threads // 16, *sums)
+        self._shared = one.shared(2 * rank + 4 + one.threads // 16, *sums)
         self._kernel, self._threads, self._batch = one.kernel("mamba_solve"), one.threads, batch
         self._before = (*_inputs(s), weight, bias)
         self._y, self._steps = y, np.int64(steps)
+        self._launch: _device.Repeated | None = None
         self._after = (
             *(np.int32(dim), np.int32(size), _heads(s), eps, np.float64(rtol), np.float64(atol)),
             *(np.int64(max_iter), np.float64(damping), *told),
@@ -193,9 +204,12 @@ class _Walk:
 
     def go(self, first: int, last: int, before: Array, state: Array, made: tuple[Any, ...] = _GIVEN) -> None:
         """Steps `first` to `last`, from the state `before` to `state`."""
-        steps = self._steps, np.int64(first), np.int64(last)
-        arguments = (*self._before, before, state, self._y, *steps, *self._after, *made)
-        _device.launch(self._kernel, self._batch, self._threads, arguments, shared=self._shared)
+        if self._launch is None:
+            steps = self._steps, np.int64(first), np.int64(last)
+            arguments = (*self._before, before, state, self._y, *steps, *self._after, *made)
+            shape = self._kernel, self._batch, self._threads
+            self._launch = _device.Repeated(*shape, arguments, shared=self._shared)
+        self._launch(_11=before, _12=state, _15=np.int64(first), _16=np.int64(last))
 
 
 def solve(
@@ -203,6 +217,7 @@ def solve(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """All steps: ``y``, the last state, iterations, residual, and whether the tolerance was met."""
     y, state = _shapes.empty_like(s.x), _shapes.empty_like(initial)
+    s, (initial,) = _aligned(s), _shapes.aligned(initial)
     walk = _Walk(s, _layout(s), y, (rtol, atol, max_iter, damping))
     if s.x.shape[1] == 0:
         xp, batch = _device.xp(), len(s.x)
@@ -231,7 +246,7 @@ def solve_made(
 
     The mixer, ``B`` and ``C`` of `s` are written; `initial` is ``y_0`` and ``H_0``.
     """
-    xp, (batch, steps) = _device.xp(), s.x.shape[:2]
+    xp, (batch, steps), s = _device.xp(), s.x.shape[:2], _aligned(s)
     one = _layout(s)._replace(act=given.activation)
     y = _shapes.empty_like(s.x)
     walk = _Walk(s, one, y, (rtol, atol, max_iter, damping))
@@ -241,7 +256,7 @@ def solve_made(
     if given.stacked is not None:
         fed = xp.empty((batch, len(given.stacked)), y.dtype)
     made = (given.mixer, given.b, given.c, fed, *given.places, *given.numbers, arguments, norms)
-    before, state = initial
+    before, state = initial[0], *_shapes.aligned(initial[1])
     each = state.nbytes
     span = max(1, -(-steps * each // KEPT_BYTES)) if keep else steps
     states, t = [], 0
@@ -279,7 +294,7 @@ class _Back:
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
         sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 1
-        self._shared = one.shared(size, 3 * one.rank, *sums)
+        self._shared = one.shared(3 * one.rank, *sums)
         self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
         self._system, self._one = s, one
         self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
@@ -287,6 +302,7 @@ class _Back:
         self.B_bar, self.C_bar = _shapes.empty_like(s.B), _shapes.empty_like(s.C)
         weight, _, eps = _norm(s)
         self._inputs = (*_inputs(s), weight)
+        self._launch: _device.Repeated | None = None
         self._sizes = np.int64(batch), np.int64(steps), np.int32(dim), np.int32(size), _heads(s), eps
 
     def go(
@@ -294,13 +310,18 @@ class _Back:
     ) -> Array:
         """Step `t`; returns the cotangent of the state before it."""
         before = _shapes.empty_like(G)
-        batch, steps, *rest = self._sizes
-        arguments = (
-            *(*self._inputs, past, G, y, y_bar, more, batch, steps, np.int64(t), *rest),
-            *(before, self.z, self.u_bar, self.gate_bar, self.delta_bar, self.B_bar, self.C_bar),
-            *(self.rates, self.skip, self.weight, self.bias, *made),
-        )
-        _device.launch(self._kernel, self.blocks, self._threads, arguments, shared=self._shared)
+        if self._launch is None:
+            batch, steps, *rest = self._sizes
+            arguments = (
+                *(*self._inputs, past, G, y, y_bar, more, batch, steps, np.int64(t), *rest),
+                *(before, self.z, self.u_bar, self.gate_bar, self.delta_bar, self.B_bar, self.C_bar),
+                *(self.rates, self.skip, self.weight, self.bias, *made),
+            )
+            shape = self._kernel, self.blocks, self._threads
+            self._launch = _device.Repeated(*shape, arguments, shared=self._shared)
+            self._last = f"_{len(arguments) - 1}"
+        changed = {self._last: made[-1]}
+        self._launch(_10=past, _11=G, _14=more, _17=np.int64(t), _22=before, **changed)
         return before
 
     def bars(self, params: Any, x_bar: Array, G: Array) -> Bars:
@@ -325,7 +346,7 @@ def pull(
     s: System, past: Array, y: Array, y_bar: Array, G: Array, *, rtol: float, max_iter: int
 ) -> tuple[Bars, Array]:
     """The cotangents of one step; ``y`` of them is ``z``. `rtol` and `max_iter` are of no use: nothing iterates."""
-    batch = len(s.x)
+    batch, s, (past, G) = len(s.x), _aligned(s), _shapes.aligned(past, G)
     back = _Back(s, _layout(s), batch, 1)
     before = back.go(0, past, G, y, y_bar, None, _NOT_MADE)
     params = mixers.cotangent(s.kind, s.params, s.x - y, back.u_bar)
@@ -352,7 +373,7 @@ def pull_made(
     x_bar, mixer_bar = _shapes.empty_like(y), _shapes.empty_like(given.mixer)
     width = 0 if given.stacked is None else len(given.stacked)
     fed_bar = xp.empty((steps, batch, width), y.dtype)
-    G = xp.zeros((batch, dim, s.B.shape[-1]), y.dtype) if last_bar is None else last_bar
+    G = xp.zeros((batch, dim, s.B.shape[-1]), y.dtype) if last_bar is None else _shapes.aligned(last_bar)[0]
     more = None
     for first in reversed(range(0, steps, made.span)):
         pasts = _again(made, y, first)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.arrays import namespace
-from fpnumba.nn import matrix_ways, ways
+from fpnumba.nn import backend, matrix_ways, ways
 from fpnumba.nn.activations import silu, silu_vjp
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
@@ -322,8 +321,7 @@ class MatrixStateLayer(FixedPointLayer):
 
     def _initial(self, lead: tuple[int, ...], x: Array) -> State:
         """:meth:`initial_state`, where `x` lies."""
-        xp = namespace(x)
-        return {name: xp.asarray(a) for name, a in self.initial_state(lead, x.dtype).items()}
+        return self._zero_state(lead, lambda shape: backend.zeros(shape, x))
 
     def initial_state(self, batch: tuple[int, ...] = (), dtype: DTypeLike = np.float32) -> State:
         """The state before the first step.
@@ -339,13 +337,16 @@ class MatrixStateLayer(FixedPointLayer):
         dict of arrays
             ``y (*batch, d_inner)``, ``H (*batch, d_inner, d_state)``, and the window ``conv`` of the convolution.
         """
+        return self._zero_state(batch, lambda shape: np.zeros(shape, dtype))
+
+    def _zero_state(self, batch: tuple[int, ...], zeros: Callable[[tuple[int, ...]], Array]) -> State:
         state = {
-            "y": np.zeros((*batch, self.d_inner), dtype),
-            "H": np.zeros((*batch, self.d_inner, self.d_state), dtype),
+            "y": zeros((*batch, self.d_inner)),
+            "H": zeros((*batch, self.d_inner, self.d_state)),
         }
         conv = self._conv()
         if conv is not None:
-            state["conv"] = conv.initial_state(batch, dtype)
+            state["conv"] = zeros((*batch, conv.width - 1, conv.channels))
         return state
 
     def step(self, params: Params, x: Array, state: State) -> tuple[Array, State]:

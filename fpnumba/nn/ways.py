@@ -115,6 +115,20 @@ def solve_linear_adjoint(
     return solved
 
 
+def _solution(
+    value: Array, method: str, told: dict[str, Any], history: NDArray[np.float64] | None = None
+) -> Solution:
+    """What is said of a solve; what lies on a device is fetched when it is looked at."""
+    if namespace(value) is not np:
+        told = backend.room(value).for_the_host(**{name: (a, a.shape) for name, a in told.items()})
+    return Solution(value=value, method=method, history=history, **told)
+
+
+def _reported(solved: Solved, way: str) -> Solution:
+    names = ("status", "iterations", "residual", "chunk_iterations")
+    return _solution(solved.value, way, {name: getattr(solved, name) for name in names})
+
+
 class Verdict:
     """Iterations, residual and status of a solve that goes chunk by chunk."""
 
@@ -132,7 +146,7 @@ class Verdict:
         self._parts.append((xp.ones(self._batch, np.int64), xp.zeros(self._batch), status))
 
     def solution(self, value: Array, method: str, history: NDArray[np.float64] | None = None) -> Solution:
-        """All of them together; what lies on a device is fetched when it is looked at."""
+        """All of them together."""
         batch = self._batch
         if not self._parts:
             none, zero = np.zeros((batch, 0), np.int64), np.zeros(batch)
@@ -147,9 +161,7 @@ class Verdict:
             "residual": residuals.max(-1),
             "chunk_iterations": counts,
         }
-        if xp is not np:
-            told = backend.room(value).for_the_host(**{n: (a, a.shape) for n, a in told.items()})
-        return Solution(value=value, method=method, history=history, **told)
+        return _solution(value, method, told, history)
 
 
 def settles(solver: Solver) -> bool:
@@ -242,10 +254,7 @@ def solve_given(cell: Cell, solver: Solver, way: str) -> Solve:
     """All of (F) by the room, for mixers that do not see the hidden state."""
     made = cell.mix(cell.v)
     solved = solve_linear(made.mixer, cell, solver, way)
-    found = Solution(
-        solved.value, solved.status, solved.iterations, solved.residual, way, solved.chunk_iterations
-    )
-    return Solve(solved.value, found)
+    return Solve(solved.value, _reported(solved, way))
 
 
 def pull_chain(cell: Recurrence[B], found: Solve, hbar: Array) -> B:
@@ -330,10 +339,7 @@ def pull_given(
     arguments_bar = bars.mixer(made, d, e)
     if arguments_bar is not None:
         bars.base = arguments_bar
-    found_adjoint = Solution(
-        s, solved.status, solved.iterations, solved.residual, way, solved.chunk_iterations
-    )
-    return bars, found_adjoint
+    return bars, _reported(solved, way)
 
 
 def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:

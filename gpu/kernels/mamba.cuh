@@ -14,7 +14,8 @@
 //     u_i = a / max(||a||, eps), a = act(.);  alpha = alpha_max sigmoid(.);  B, C = (.) / max(||.||, eps)
 //
 // Macros: STORE; RANK; PRODUCT (Householder) 0 or 1; MODE of the norm: 0 none, 1 mean square, 2 centred; GATED, HEADS,
-// MADE 0 or 1; ACT of the arguments: 0 none, 1 silu, 2 relu; THREADS; CHANNELS of a thread; STATES, the most that N may be.
+// MADE 0 or 1; ACT of the arguments: 0 none, 1 silu, 2 relu; THREADS; CHANNELS of a thread; STATES, the
+// most that N may be, and FULL if it is that, and rows of N can be read 16 bytes at a time.
 #pragma once
 #include "sums.cuh"
 
@@ -103,6 +104,34 @@ __device__ __forceinline__ void eliminate(real (&m)[R][R], real (&x)[R]) {
   }
 }
 
+// A row of N numbers; those beyond N are zero.
+constexpr int VECTOR = FULL ? (STATES * (int)sizeof(store) >= 16 ? 16 / (int)sizeof(store) : STATES) : 1;
+__device__ __forceinline__ void load_row(const store* from, int size, real (&v)[STATES]) {
+#pragma unroll
+  for (int n = 0; n < STATES; n += VECTOR) {
+    if constexpr (FULL) {
+      const Pack<store, VECTOR> some = *(const Pack<store, VECTOR>*)(from + n);
+#pragma unroll
+      for (int k = 0; k < VECTOR; ++k) v[n + k] = widen(some.v[k]);
+    } else {
+      v[n] = n < size ? widen(from[n]) : (real)0;
+    }
+  }
+}
+__device__ __forceinline__ void store_row(store* to, int size, const real (&v)[STATES]) {
+#pragma unroll
+  for (int n = 0; n < STATES; n += VECTOR) {
+    if constexpr (FULL) {
+      Pack<store, VECTOR> some;
+#pragma unroll
+      for (int k = 0; k < VECTOR; ++k) some.v[k] = narrow(v[n + k]);
+      *(Pack<store, VECTOR>*)(to + n) = some;
+    } else {
+      if (n < size) to[n] = narrow(v[n]);
+    }
+  }
+}
+
 // The arrays of a step that a thread of either kernel looks at, for one sequence and step.
 struct Inputs {
   const store *u, *x, *delta, *A, *gate;
@@ -110,7 +139,21 @@ struct Inputs {
 
   __device__ real vector(int i, int d) const { return widen(u[(i64)i * dim + d]); }
   __device__ real step(int d) const { return widen(delta[HEADS ? d / (dim / heads) : d]); }
-  __device__ real rate(int d, int n) const { return widen(A[HEADS ? d / (dim / heads) : d * size + n]); }
+  // exp(dt A) of all states of a channel, and A where that is wanted
+  __device__ __forceinline__ void decays(int d, real dt, real (&rate)[STATES], real (&decay)[STATES]) const {
+    if constexpr (HEADS) {
+      const real own = widen(A[d / (dim / heads)]), whole = exponential(dt * own);
+#pragma unroll
+      for (int n = 0; n < STATES; ++n) {
+        rate[n] = own;
+        decay[n] = whole;
+      }
+    } else {
+      load_row(A + (i64)d * size, size, rate);
+#pragma unroll
+      for (int n = 0; n < STATES; ++n) decay[n] = exponential(dt * rate[n]);
+    }
+  }
   __device__ real opening(int d) const { return GATED ? widen(gate[d]) : (real)1; }
 };
 

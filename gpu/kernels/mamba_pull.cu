@@ -30,12 +30,13 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
                 NORMAL = PLAIN + R, SECOND = NORMAL + R;
   constexpr int RATES = HEADS ? 1 : STATES;
   SHARED(memory);
-  real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size;  // tau, S^T U later, k
+  real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES;  // tau, S^T U later, k
   real *first = told + 3 * R, *middle_room = first + sums_size<FIRST, THREADS>();
   real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
   real* onto_room = last + sums_size<2 * STATES, THREADS>();
   const real channels = (real)dim;
   real rates[CHANNELS][RATES] = {}, skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
+  for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
   for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
     const i64 row = b * steps + t;
     const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
@@ -47,7 +48,8 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     }
     __syncthreads();
     real bc = 0;
-    for (int n = 0; n < size; ++n) bc += rowB[n] * rowC[n];
+#pragma unroll
+    for (int n = 0; n < STATES; ++n) bc += rowB[n] * rowC[n];
     real r[CHANNELS], later[CHANNELS], s1[FIRST] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -55,11 +57,15 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       r[c] = later[c] = 0;
       if (d < dim) {
         const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[row * dim + d]);
-        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
         const i64 at = (b * dim + d) * size;
-        for (int n = 0; n < size; ++n) {
-          r[c] += widen(past[at + n]) * (HEADS ? whole : exponential(dt * in.rate(d, n))) * rowC[n];
-          later[c] += widen(G[at + n]) * rowB[n];
+        real rate[STATES], decay[STATES], was[STATES], coming[STATES];
+        in.decays(d, dt, rate, decay);
+        load_row(past + at, size, was);
+        load_row(G + at, size, coming);
+#pragma unroll
+        for (int n = 0; n < STATES; ++n) {
+          r[c] += was[n] * decay[n] * rowC[n];
+          later[c] += coming[n] * rowB[n];
         }
         later[c] *= dt;
 #pragma unroll
@@ -184,20 +190,21 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
         const real wt = widen(weight[d]), g = in.opening(d), dt = in.step(d), own = widen(skip[d]);
         const real v_bar = scale * (zd * wt - with - v[c] * along), o_bar = g * v_bar, drive = dt * mixed[c];
         const i64 at = (b * dim + d) * size;
-        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
-        real fed = 0, slope = 0;
+        real rate[STATES], decay[STATES], was[STATES], coming[STATES], fed = 0, slope = 0;
+        in.decays(d, dt, rate, decay);
+        load_row(past + at, size, was);
+        load_row(G + at, size, coming);
 #pragma unroll
-        for (int n = 0; n < STATES; ++n)
-          if (n < size) {
-            const real rate = in.rate(d, n), decay = HEADS ? whole : exponential(dt * rate);
-            const real now = widen(past[at + n]) * decay, bar = widen(G[at + n]) + o_bar * rowC[n];
-            s3[n] += drive * bar;
-            s3[STATES + n] += o_bar * (now + drive * rowB[n]);
-            fed += bar * rowB[n];
-            slope += bar * now * rate;
-            rates[c][HEADS ? 0 : n] += bar * now * dt;
-            before[at + n] = narrow(bar * decay);
-          }
+        for (int n = 0; n < STATES; ++n) {
+          const real now = was[n] * decay[n], bar = n < size ? coming[n] + o_bar * rowC[n] : (real)0;
+          s3[n] += drive * bar;
+          s3[STATES + n] += o_bar * (now + drive * rowB[n]);
+          fed += bar * rowB[n];
+          slope += bar * now * rate[n];
+          rates[c][HEADS ? 0 : n] += bar * now * dt;
+          coming[n] = bar * decay[n];
+        }
+        store_row(before + at, size, coming);
         e[c] = own * o_bar + dt * fed;
         z[row * dim + d] = narrow(zd);
         delta_bar[row * dim + d] = narrow(mixed[c] * fed + slope);

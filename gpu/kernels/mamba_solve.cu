@@ -4,8 +4,10 @@
 //     y_t = norm(gate_t (H_t C_t + D u_t))
 //
 // One block per sequence. Memory traffic of a step: its rows and u once (u again from the caches), the state read and
-// written twice, the second time from the caches.
+// written once; twice, from the caches, where it is too much to be held in registers meanwhile.
 #include "mamba.cuh"
+
+constexpr bool HOLD = CHANNELS * STATES * (int)sizeof(real) <= 128;
 
 // Once a step has been iterated so near to its end that the geometric series has less than this of its size left,
 // Newton's method may take over, and may not go much further: there may be other solutions.
@@ -38,6 +40,18 @@ struct Small {
     }
     return inverse;
   }
+  // How far rounding alone may move what `map` gives.
+  __device__ __forceinline__ real noise(const real (&tau)[R], real inverse) const {
+    real largest = 0;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      real total = magnitude(e[i]);
+#pragma unroll
+      for (int j = 0; j < R; ++j) total += magnitude(G[i][j] * tau[j]);
+      largest = larger(largest, total * inverse + magnitude(f[i]));
+    }
+    return 4 * EPS * largest;
+  }
 };
 
 // From sigma = 0; `xi` is U x. Leaves tau; returns the number of iterations.
@@ -64,7 +78,8 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
       moved = most(moved, magnitude(next[i] - sigma[i]));
       size = larger(size, larger(magnitude(next[i]), magnitude(sigma[i])));
     }
-    const bool done = moved <= tolerance * size || count >= max_iter || !is_finite(moved);
+    const real floor = of.noise(tau, inverse);
+    const bool done = moved <= larger(tolerance * size, floor) || count >= max_iter || !is_finite(moved);
     if (known) {
       last = ratio;
       ratio = moved / before;
@@ -134,7 +149,7 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // N); skip, weight, bias (D), bias null for zero; before (B, D, N) is the state before step `from`, and state will be that
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
 // arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
-// Shared memory: 2 N, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
+// Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
 extern "C" __global__ void __launch_bounds__(THREADS)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
@@ -144,7 +159,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
             int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms) {
   constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
   SHARED(memory);
-  real *rowB = (real*)memory, *rowC = rowB + size, *told = rowC + size, *room = told + 2 * R + 4;
+  real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES, *room = told + 2 * R + 4;
   real *first = room + 2 * (THREADS / 32), *second = first + sums_size<FIRST, THREADS>();
   real* lengths = second + sums_size<SECOND, THREADS>();
   const i64 b = blockIdx.x;
@@ -152,6 +167,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
   i64 worst = from ? iterations[b] : 0;
   real left = from ? (real)residual[b] : (real)0;
   bool fine = from ? met[b] : true;
+  for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
   __syncthreads();  // thread 0 will overwrite them
   for (i64 t = from; t < to; ++t) {
     const i64 row = b * steps + t;
@@ -215,8 +231,9 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
     }
     __syncthreads();
     real bc = 0;
-    for (int n = 0; n < size; ++n) bc += rowB[n] * rowC[n];
-    real p[CHANNELS], gw[CHANNELS], s1[FIRST] = {}, s2[SECOND] = {};
+#pragma unroll
+    for (int n = 0; n < STATES; ++n) bc += rowB[n] * rowC[n];
+    real held[HOLD ? CHANNELS : 1][STATES], p[CHANNELS], gw[CHANNELS], s1[FIRST] = {}, s2[SECOND] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
@@ -224,14 +241,16 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
       if (d < dim) {
         const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
         store* h = state + (b * dim + d) * size;
-        const store* past = t == from ? before + (b * dim + d) * size : h;
-        const real whole = HEADS ? exponential(dt * in.rate(d, 0)) : (real)0;
-        real r = 0;
-        for (int n = 0; n < size; ++n) {
-          const real now = widen(past[n]) * (HEADS ? whole : exponential(dt * in.rate(d, n)));
-          h[n] = narrow(now);
-          r += now * rowC[n];
+        real rate[STATES], decay[STATES], r = 0;
+        real(&now)[STATES] = held[HOLD ? c : 0];
+        in.decays(d, dt, rate, decay);
+        load_row(t == from ? before + (b * dim + d) * size : h, size, now);
+#pragma unroll
+        for (int n = 0; n < STATES; ++n) {
+          now[n] *= decay[n];
+          r += now[n] * rowC[n];
         }
+        if constexpr (!HOLD) store_row(h, size, now);
         gw[c] = g * w;
         p[c] = g * (r + w * xd);
         const real shift = bias ? widen(bias[d]) : (real)0;
@@ -338,7 +357,11 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         y[row * dim + d] = narrow(value);
         const real drive = in.step(d) * mixed;
         store* h = state + (b * dim + d) * size;
-        for (int n = 0; n < size; ++n) h[n] = narrow(widen(h[n]) + drive * rowB[n]);
+        real(&now)[STATES] = held[HOLD ? c : 0];
+        if constexpr (!HOLD) load_row(h, size, now);
+#pragma unroll
+        for (int n = 0; n < STATES; ++n) now[n] += drive * rowB[n];
+        store_row(h, size, now);
       }
     }
     block_most(far, top, room);
