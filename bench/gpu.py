@@ -312,6 +312,36 @@ def _replayed(bench: Bench, shape: tuple[int, int, int], solver: fp.Solver) -> N
     bench.add("fixed_point_rnn, direct, as a CUDA graph", shape, seconds, 3 * x.nbytes + _mixer_bytes(mixer))
 
 
+def _layer_case(bench: Bench, shape: tuple[int, int], mixer: str, exact: bool, width: int) -> None:
+    """A layer, products of matrices in bfloat16: step after step with the exact gradient, or in parallel to the
+    published stopping rule of training with the one-step gradient."""
+    import cupy
+
+    from fpnumba import nn
+    from fpnumba.gpu import use_precision
+
+    if exact:
+        solver, adjoint = fp.Solver(rtol=1e-3, **QUIET), fp.Adjoint(rtol=1e-3, **QUIET)
+    else:
+        rule: dict[str, Any] = {"criterion": "published", "rtol": 0.1, "quantile": 0.75, "max_iter": 16}
+        damped: dict[str, Any] = {"damping": 0.99, "damping_decay": 0.9}
+        solver, adjoint = fp.Solver("parallel", **rule, **damped, **QUIET), fp.Adjoint("one-step")
+    layer = nn.FPMamba(
+        width, mixer=mixer, alpha_max=1.0, solver=solver, adjoint=adjoint, train_mode=not exact
+    )
+    rng, record = np.random.default_rng(0), list[Any]()
+    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
+    x = cupy.asarray(rng.standard_normal((*shape, width)).astype(np.float32))
+    y_bar = cupy.ones_like(x)
+    with use_precision("bfloat16"):
+        layer(params, x, record=record)
+        forward = seconds_on_device(lambda: layer(params, x), repeats=3)
+        both = seconds_on_device(lambda: layer.vjp(params, x)[1](y_bar), repeats=3)
+    way = "exact" if exact else "one-step"
+    note = f"forward {forward * 1e3:.2f} ms, iterations {int(record[0].iterations.max())}"
+    bench.add(f"FPMamba {width}, {mixer}, {way}", (*shape, width), both, None, note=note)
+
+
 def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """Measure every case, hand each row to `report` as it comes, and return the machine-readable record."""
     import cupy
@@ -372,6 +402,11 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     _solve_case(bench, "fixed_point_rnn, Monarch 64", p, chunked, per_iteration=per)
     del p
     clean()
+    layers = [((8, 17), True)] if quick else [((512, 17), True), ((512, 17), False), ((64, 2048), False)]
+    for shape_, exact in layers:
+        for mixer in ("householder",) if exact else ("householder", "kronecker"):
+            _layer_case(bench, shape_, mixer, exact, 64 if quick else 512)
+            clean()
     if peers:
         _peers(bench, wide, values[wide], solver)
     return {

@@ -45,8 +45,8 @@ class Layout(NamedTuple):
     full: bool  # whether N is `states`
     act: str | None = None  # of the arguments that the mixer is made from; None where it is given
 
-    def kernel(self, name: str) -> _device.Kernel:
-        """One of the two kernels."""
+    def kernel(self, name: str, function: str = "") -> _device.Kernel:
+        """A kernel of the file `name`; the one of that name unless told."""
         macros = {
             "STORE": store(self.dtype),
             "RANK": self.rank,
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
             "MADE": int(self.act is not None),
             "ACT": ACTS[self.act],
         }
-        return _device.Kernel.of(f"{name}.cu", name, macros)
+        return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     def shared(self, more: int, *sums: int) -> int:
         """Bytes of shared memory: rows of B and C, `more` numbers, and rounds of so many sums."""

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from fpnumba.gpu import _device, _mamba, mixers, scan
+from fpnumba.gpu import _device, _mamba, _mamba_rows, mixers, scan
 from fpnumba.reference import mamba as reference
 from fpnumba.reference import products
 from fpnumba.reference.mamba import Bars, Norm, Solved, System, normalize, normalize_vjp
 from fpnumba.reference.solve import CONVERGED, DIVERGED, MAX_ITER, NONFINITE_INPUT
 
 __all__ = [
+    "Application",
     "Arguments",
     "Bars",
     "Norm",
@@ -35,7 +36,7 @@ __all__ = [
 
 Array = Any
 
-Arguments, makes = _mamba.Arguments, _mamba.makes
+Application, Arguments, makes = _mamba_rows.Application, _mamba.Arguments, _mamba.makes
 
 # Steps between two states that a pullback keeps.
 SPAN = 16

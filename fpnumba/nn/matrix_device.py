@@ -1,25 +1,27 @@
-"""The sequential way of FP-Mamba on a GPU with a mixer of rank one: a product of matrices and a kernel a step.
+"""FP-Mamba on a GPU with a mixer of rank one, whose parameters kernels make on the way.
 
-Does what :func:`fpnumba.nn.matrix_ways.solve_sequential` and ``pull_sequential`` do with the doors of a room; tests
-hold the two to each other.
+Step after step it is a product of matrices and a kernel a step, and does what
+:func:`fpnumba.nn.matrix_ways.solve_sequential` and ``pull_sequential`` do with the doors of a room; an application to
+all steps is a product, a scan and two kernels. Tests hold them to each other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.nn import backend
 from fpnumba.nn.basic import rows
-from fpnumba.nn.matrix_state import MatrixBars, MatrixCell
 from fpnumba.nn.mixer_maps import LowRankMap
 from fpnumba.nn.recurrence import Solve
 from fpnumba.nn.ways import Verdict
 from fpnumba.reference.mamba import System
 from fpnumba.solve import Solution, Solved
+
+if TYPE_CHECKING:
+    from fpnumba.nn.matrix_state import MatrixBars, MatrixCell
 
 Array = NDArray[Any]
 
@@ -55,11 +57,11 @@ def _system(cell: MatrixCell, *, empty: bool = False) -> System:
     return System(kind, (u, alpha), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm)
 
 
-def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Solve, tuple[Array, Array]]:
-    """As :func:`fpnumba.nn.matrix_ways.solve_sequential`."""
-    map, doors = cell.map, backend.room(cell.v).mamba
+def _given(cell: MatrixCell) -> Any:
+    """The arguments as the room takes them."""
+    map = cell.map
     assert isinstance(map, LowRankMap)
-    given = doors.Arguments(
+    return backend.room(cell.v).mamba.Arguments(
         *(backend.contiguous(cell.base[name]) for name in ("mixer", "b", "c")),
         cell.stacked,
         tuple(cell.feedback),
@@ -68,6 +70,53 @@ def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Sol
         map.norm_eps,
         cell.bc_eps,
     )
+
+
+def application(cell: MatrixCell, y: Array) -> Any:
+    """One application of the whole map, for its value and its adjoint."""
+    if "application" not in cell.ready:
+        empty = backend.empty((0,), y)
+        delta = cell.steps.delta(cell.base["lambda"])
+        B, C = cell.base["b"], cell.base["c"]  # for their shapes
+        system = System(
+            cell.map.kind, (empty, empty), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm
+        )
+        cell.ready["application"] = system, _given(cell)
+    system, given = cell.ready["application"]
+    before = y if cell.stacked is None else backend.contiguous(cell.before(y))
+    doors = backend.room(y).mamba
+    return doors.Application(system, given, cell.initial[1], backend.contiguous(y), before)
+
+
+def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Array | None:
+    """As ``MatrixBars.application``."""
+    cell = bars.cell
+    pulled, fed_bar = application(cell, y).pull(backend.contiguous(new_bar))
+    bars.base["mixer"] += pulled.params
+    bars.base["b"] += pulled.B
+    bars.base["c"] += pulled.C
+    bars.v += pulled.x
+    bars.A += pulled.A
+    bars.skip += pulled.skip
+    bars.norm_weight += pulled.weight
+    if bars.gate is not None:
+        bars.gate += pulled.gate
+    if bars.norm_bias is not None:
+        bars.norm_bias += pulled.bias
+    bars.steps(pulled.delta, cell.ready["application"][0].delta, cell.base["lambda"], slice(None))
+    if fed_bar is not None and bars.stacked is not None:
+        bars.stacked += backend.product(fed_bar, rows(cell.before(y)), transposed=(True, False))
+    if not through:
+        return None
+    y_bar: Array = pulled.y
+    if fed_bar is not None and cell.stacked is not None:
+        y_bar[:, :-1] += backend.product(fed_bar, cell.stacked).reshape(y_bar.shape)[:, 1:]
+    return y_bar
+
+
+def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Solve, tuple[Array, Array]]:
+    """As :func:`fpnumba.nn.matrix_ways.solve_sequential`."""
+    doors, given = backend.room(cell.v).mamba, _given(cell)
     y, last, solved, made = doors.solve_made(_system(cell), given, cell.initial, keep=keep, **options)
     verdict = Verdict(len(y))
     verdict.add(Solved(y, *solved, solved[0]))
@@ -85,13 +134,8 @@ def pull(cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solu
     bars.base = {"mixer": pulled.params, "b": pulled.B, "c": pulled.C}
     bars.v, bars.A, bars.skip, bars.gate = pulled.x, pulled.A, pulled.skip, pulled.gate
     bars.norm_weight, bars.norm_bias = pulled.weight, pulled.bias
-    raw_bar = -np.expm1(-kept.made.system.delta) * pulled.delta
-    flat_bar = rows(raw_bar)
-    bars.step_bias = flat_bar.sum(0)
-    if cell.steps.weight is not None:
-        bars.step_weight = backend.product(flat_bar, rows(cell.base["lambda"]), transposed=(True, False))
-        raw_bar = backend.product(flat_bar, cell.steps.weight).reshape(cell.base["lambda"].shape)
-    bars.base["lambda"] = raw_bar
+    bars.base["lambda"] = backend.zeros(cell.base["lambda"].shape, y)
+    bars.steps(pulled.delta, kept.made.system.delta, cell.base["lambda"], slice(None))
     if cell.stacked is not None:
         bars.stacked = backend.product(rows(fed_bar), rows(cell.before(y)), transposed=(True, False))
     verdict = Verdict(len(y))

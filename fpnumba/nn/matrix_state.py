@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.arrays import namespace, to_numpy
-from fpnumba.nn import backend, mixing
+from fpnumba.nn import backend, matrix_device, mixing
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
@@ -227,6 +227,9 @@ class MatrixCell:
 
     def iterate(self, y: Array) -> Array:
         """One application of the whole map."""
+        if matrix_device.serves(self):
+            applied: Array = matrix_device.application(self, y).value()
+            return applied
         new: Array = backend.room(y).mamba.iterate(self.mix(y).system, self.initial[1], y)
         return new
 
@@ -362,19 +365,34 @@ class MatrixBars:
             found["mixer"] = cell.weights.expand_vjp(made.arguments["mixer"], abar, self.seconds)
         found["b"] = self._direction(made.system.B, made.b_norm, bars.B)
         found["c"] = self._direction(made.system.C, made.c_norm, bars.C)
-        # the derivative of softplus, from its value
-        raw_bar = -np.expm1(-made.system.delta) * bars.delta
-        self.step_bias += rows(raw_bar).sum(0)
-        weight = cell.steps.weight
-        if weight is not None and self.step_weight is not None:
-            flat_bar = rows(raw_bar)
-            self.step_weight += product(flat_bar, rows(made.arguments["lambda"]), transposed=(True, False))
-            raw_bar = product(flat_bar, weight).reshape(*raw_bar.shape[:-1], -1)
-        found["lambda"] = raw_bar
+        self.steps(bars.delta, made.system.delta, made.arguments["lambda"], at, found)
         for name, bar in found.items():
             self.base[name][:, at] += bar
         seen = [found[name] for name in SEGMENTS if name in cell.feedback]
         return np.concatenate(seen, axis=-1) if seen else None
+
+    def steps(
+        self,
+        delta_bar: Array,
+        delta: Array,
+        argument: Array,
+        at: slice,
+        found: dict[str, Array] | None = None,
+    ) -> None:
+        """Add what a cotangent of ``delta`` over the steps `at` means for what it is made from; that of its argument
+        goes into `found`, if there is one."""
+        # the derivative of softplus, from its value
+        raw_bar = -np.expm1(-delta) * delta_bar
+        self.step_bias += rows(raw_bar).sum(0)
+        weight = self.cell.steps.weight
+        if weight is not None and self.step_weight is not None:
+            flat_bar = rows(raw_bar)
+            self.step_weight += product(flat_bar, rows(argument), transposed=(True, False))
+            raw_bar = product(flat_bar, weight).reshape(*raw_bar.shape[:-1], -1)
+        if found is None:
+            self.base["lambda"][:, at] += raw_bar
+        else:
+            found["lambda"] = raw_bar
 
     def _direction(self, out: Array, norm: Array, out_bar: Array) -> Array:
         eps = self.cell.bc_eps
@@ -384,10 +402,13 @@ class MatrixBars:
         return bar.reshape(out.shape)
 
     def application(
-        self, made: MatrixMade, h: Array, new: Array, new_bar: Array, *, through: bool
+        self, made: MatrixMade | None, h: Array, new: Array, new_bar: Array, *, through: bool
     ) -> Array | None:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell = self.cell
+        if matrix_device.serves(cell):
+            return matrix_device.absorb(self, h, new_bar, through=through)
+        made = cell.mix(h) if made is None else made
         doors = backend.room(h).mamba
         bars = doors.application_vjp(made.system, cell.initial[1], h, contiguous(new_bar))
         fed_bar = self.absorb(made, bars, slice(None))

@@ -164,9 +164,12 @@ class Bars:
         abar = self.cell.map.build_vjp(made.a, made.kept, params_bar)
         return self.cell.weights.expand_vjp(made.arguments, abar, self.seconds)
 
-    def application(self, made: Made, h: Array, new: Array, new_bar: Array, *, through: bool) -> Array | None:
+    def application(
+        self, made: Made | None, h: Array, new: Array, new_bar: Array, *, through: bool
+    ) -> Array | None:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell, gate = self.cell, self.cell.gate
+        made = cell.mix(h) if made is None else made
         mixed = mixing.apply(made.mixer, cell.v - h) + h
         scan = backend.room(h).scan
         lam_bar, s, _ = scan.linear_scan_vjp(cell.lam, new, cell.initial, False, contiguous(new_bar))
@@ -191,7 +194,7 @@ class Differentiable(Protocol):
     """Where cotangents are added up, application after application."""
 
     def application(self, made: Any, h: Array, new: Array, new_bar: Array, *, through: bool) -> Array | None:
-        """Differentiate ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
+        """Differentiate ``new = f(h)``; return the cotangent of ``h`` if it is wanted. `made` is None or ``mix(h)``."""
         ...
 
 

@@ -264,7 +264,7 @@ def pull_chain(cell: Recurrence[B], found: Solve, hbar: Array) -> B:
     bars, outputs = cell.bars(), [*chain[1:], found.h]
     for i in range(len(chain) - 1, -1, -1):
         h = chain[i]
-        back = bars.application(cell.mix(h), h, outputs[i], hbar, through=i > 0)
+        back = bars.application(None, h, outputs[i], hbar, through=i > 0)
         if back is not None:
             hbar = back
     return bars
@@ -272,7 +272,8 @@ def pull_chain(cell: Recurrence[B], found: Solve, hbar: Array) -> B:
 
 def pull_neumann(cell: Recurrence[B], h: Array, hbar: Array, terms: int) -> B:
     """``z = sum_{k <= terms} (J^T)^k hbar`` at the fixed point, then one application."""
-    made, z, term = cell.mix(h), hbar, hbar
+    z = term = hbar
+    made = cell.mix(h) if backend.on_host(h) else None
     for _ in range(terms):
         back = cell.bars().application(made, h, h, term, through=True)
         if back is not None:

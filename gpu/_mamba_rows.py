@@ -1,0 +1,111 @@
+"""FP-Mamba's map applied to all steps at once, with a mixer of rank one made on the way: a product of matrices, the
+kernels of ``kernels/mamba_rows.cu``, and the selective scan.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fpnumba.gpu import _device, _shapes, scan
+from fpnumba.gpu._engine import precision
+from fpnumba.gpu._mamba import Arguments, Layout, layout
+from fpnumba.reference.mamba import Bars, System
+
+Array = Any
+
+# Threads of a row at most, and blocks on a multiprocessor of the kernel that adds up over rows.
+BLOCK, BLOCKS_EACH = 256, 4
+
+
+def _layout(s: System, activation: str) -> Layout:
+    mode = 0 if s.norm is None else 2 if s.norm.centred else 1
+    about = (mode, s.gate is not None, False)
+    found = layout(_shapes.name(s.x.dtype), 1, False, *about, s.x.shape[-1], 4)
+    threads = min(BLOCK, found.threads)
+    return found._replace(threads=threads, channels=-(-s.x.shape[-1] // threads), full=False, act=activation)
+
+
+def _kernel(one: Layout, name: str) -> _device.Kernel:
+    return one.kernel("mamba_rows", name)
+
+
+def _fed(given: Arguments, before: Array) -> Array | None:
+    """What ``y_{t-1}`` says at every step: ``before (B, T, D)``."""
+    if given.stacked is None:
+        return None
+    flat = before.reshape(-1, before.shape[-1])
+    return _device.product(flat, given.stacked, transposed=(False, True), precision=precision())
+
+
+def _norm(s: System) -> tuple[Array, Array | None, np.float64]:
+    if s.norm is None:
+        return _device.xp().ones(s.x.shape[-1], s.x.dtype), None, np.float64(0)
+    return s.norm.weight, s.norm.bias, np.float64(s.norm.eps)
+
+
+class Application:
+    """One application at the iterate ``y``, whose steps see `before`."""
+
+    def __init__(self, s: System, given: Arguments, initial: Array, y: Array, before: Array) -> None:
+        self._s, self._given, self._initial = s, given, initial
+        self._one, self._rows = _layout(s, given.activation), s.x.shape[0] * s.x.shape[1]
+        dim, size = s.x.shape[-1], s.B.shape[-1]
+        self._fed = _fed(given, before)
+        self._mixed, self._B, self._C = (_shapes.empty_like(a) for a in (s.x, s.B, s.C))
+        self._arguments = (
+            *(given.mixer, given.b, given.c, self._fed, *given.places, s.x, y, np.int32(dim), np.int32(size)),
+            *given.numbers,
+        )
+        self._launch("mix_rows", self._rows, (*self._arguments, self._mixed, self._B, self._C), 2)
+        out = scan.selective_scan(self._mixed, s.delta, s.A, self._B, self._C, s.skip, initial)
+        self._o, self.last_state = out
+
+    def _launch(self, name: str, blocks: int, arguments: tuple[Any, ...], sums: int) -> None:
+        warps, real = self._one.threads // 32, 8 if self._one.dtype == "float64" else 4
+        shared = real * sums * (1 if warps == 1 else 2 * warps)
+        _device.launch(_kernel(self._one, name), blocks, self._one.threads, arguments, shared=shared)
+
+    def value(self) -> Array:
+        """``f(y)``."""
+        new, (weight, bias, eps) = _shapes.empty_like(self._o), _norm(self._s)
+        arguments = (self._o, self._s.gate, weight, bias, np.int32(new.shape[-1]), eps, new)
+        self._launch("norm_rows", self._rows, arguments, 2)
+        return new
+
+    def pull(self, new_bar: Array) -> tuple[Bars, Array | None]:
+        """Cotangents, of the arguments in ``params``, ``B`` and ``C``; and of what ``y_{t-1}`` says, (B T, width)."""
+        s, given, xp = self._s, self._given, _device.xp()
+        dim, (weight, _, eps) = s.x.shape[-1], _norm(s)
+        blocks = max(1, min(self._rows, BLOCKS_EACH * _device.multiprocessors()))
+        o_bar, weights, biases = _shapes.empty_like(self._o), *xp.zeros((2, blocks, dim), self._o.dtype)
+        gate_bar = None if s.gate is None else _shapes.empty_like(self._o)
+        rows, width = np.int64(self._rows), np.int32(dim)
+        arguments = (self._o, s.gate, weight, new_bar, rows, width, eps, o_bar, gate_bar, weights, biases)
+        if self._rows:
+            self._launch("norm_rows_vjp", blocks, arguments, 4)
+        mixed_bar, delta_bar, A_bar, B_bar, C_bar, skip_bar, initial_bar = scan.selective_scan_vjp(
+            self._mixed, s.delta, s.A, self._B, self._C, s.skip, self._initial, o_bar, None
+        )
+        x_bar, mixer_bar, b_bar, c_bar = (_shapes.empty_like(a) for a in (s.x, given.mixer, given.b, given.c))
+        fed_bar = None if self._fed is None else _shapes.empty_like(self._fed)
+        outputs = (x_bar, mixer_bar, b_bar, c_bar, fed_bar)
+        self._launch("mix_rows_vjp", self._rows, (*self._arguments, mixed_bar, B_bar, C_bar, *outputs), 3)
+        normed = s.norm is not None
+        bars = Bars(
+            *(mixer_bar, x_bar, delta_bar, A_bar, b_bar, c_bar, skip_bar, gate_bar),
+            weights.sum(0) if normed else None,
+            biases.sum(0) if s.norm is not None and s.norm.bias is not None else None,
+            *(initial_bar, mixed_bar - x_bar),
+        )
+        return bars, fed_bar
+
+
+def representative() -> list[_device.Kernel]:
+    """The kernels that are compiled where there is no device."""
+    found = []
+    for dtype, gated, mode, dim in (("float32", False, 2, 1024), ("float64", True, 1, 100)):
+        one = layout(dtype, 1, False, mode, gated, False, dim, 4)
+        threads = min(BLOCK, one.threads)
+        one = one._replace(threads=threads, channels=-(-dim // threads), full=False, act="silu")
+        found += [_kernel(one, name) for name in ("mix_rows", "mix_rows_vjp", "norm_rows", "norm_rows_vjp")]
+    return found
