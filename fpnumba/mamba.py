@@ -219,14 +219,10 @@ class MatrixProblem:
             if norm is not None:
                 norm_weight = xp.ones(dim, compute) if norm_weight is None else norm_weight
                 whole = Norm(norm_weight, norm_bias, float(eps), norm == "layer")
-            system = System(
-                mixer.kind,
-                tuple(wide(name) for name in mixer.arguments()),
-                *(wide(name) for name in ("x", "delta", "A", "B", "C")),
-                xp.zeros(dim, compute) if skip is None else skip,
-                wide("gate"),
-                whole,
-            )
+            x, delta, A, B, C = (wide(name) for name in ("x", "delta", "A", "B", "C"))
+            skip = xp.zeros(dim, compute) if skip is None else skip
+            params = tuple(wide(name) for name in mixer.arguments())
+            system = System(mixer.kind, params, x, delta, A, B, C, skip, wide("gate"), whole)
             initial = wide("initial")
         return cls(call, call.room.mamba, mixer, system, initial)
 

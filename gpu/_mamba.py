@@ -130,7 +130,7 @@ class Arguments(NamedTuple):
     b, c : (B, T, N) arrays
     stacked : (width, D) array or None
         The linear maps of ``y_{t-1}``, of those that see it in this order: mixer, b, c.
-    seen : set of str
+    seen : tuple of str
         Which do.
     activation : str
     alpha_max, unit_eps : float
@@ -411,7 +411,7 @@ class Total:
     def add(self, bars: Bars, t: int) -> None:
         """Those of step `t`."""
         self._steps[t] = bars
-        shared = bars.A, bars.skip, bars.weight, bars.bias
+        shared: tuple[Any, ...] = (bars.A, bars.skip, bars.weight, bars.bias)
         if self._sums:
             shared = tuple(None if a is None else a + b for a, b in zip(shared, self._sums, strict=True))
         self._sums = shared
@@ -425,8 +425,8 @@ class Total:
             weight, bias = (None if a is None else zero(a) for a in norm)
             gate = None if s.gate is None else zero(s.gate)
             params = _zeros(s.kind, s.params)
-            arrays = (zero(a) for a in (s.x, s.delta, s.A, s.B, s.C, s.skip))
-            return Bars(params, *arrays, gate, weight, bias, G, z)
+            x, delta, A, B, C, skip = (zero(a) for a in (s.x, s.delta, s.A, s.B, s.C, s.skip))
+            return Bars(params, x, delta, A, B, C, skip, gate, weight, bias, G, z)
 
         def along(name: str) -> Array:
             parts = [getattr(one, name) for one in steps]

@@ -77,7 +77,8 @@ class Application:
         s, given, xp = self._s, self._given, _device.xp()
         dim, (weight, _, eps) = s.x.shape[-1], _norm(s)
         blocks = max(1, min(self._rows, BLOCKS_EACH * _device.multiprocessors()))
-        o_bar, weights, biases = _shapes.empty_like(self._o), *xp.zeros((2, blocks, dim), self._o.dtype)
+        o_bar = _shapes.empty_like(self._o)
+        weights, biases = (xp.zeros((blocks, dim), o_bar.dtype) for _ in range(2))
         gate_bar = None if s.gate is None else _shapes.empty_like(self._o)
         rows, width = np.int64(self._rows), np.int32(dim)
         arguments = (self._o, s.gate, weight, new_bar, rows, width, eps, o_bar, gate_bar, weights, biases)
@@ -90,13 +91,13 @@ class Application:
         fed_bar = None if self._fed is None else _shapes.empty_like(self._fed)
         outputs = (x_bar, mixer_bar, b_bar, c_bar, fed_bar)
         self._launch("mix_rows_vjp", self._rows, (*self._arguments, mixed_bar, B_bar, C_bar, *outputs), 3)
+        assert skip_bar is not None
         normed = s.norm is not None
-        bars = Bars(
-            *(mixer_bar, x_bar, delta_bar, A_bar, b_bar, c_bar, skip_bar, gate_bar),
-            weights.sum(0) if normed else None,
-            biases.sum(0) if s.norm is not None and s.norm.bias is not None else None,
-            *(initial_bar, mixed_bar - x_bar),
-        )
+        weight_bar = weights.sum(0) if normed else None
+        bias_bar = biases.sum(0) if s.norm is not None and s.norm.bias is not None else None
+        shared = A_bar, b_bar, c_bar, skip_bar
+        y_bar = mixed_bar - x_bar
+        bars = Bars(mixer_bar, x_bar, delta_bar, *shared, gate_bar, weight_bar, bias_bar, initial_bar, y_bar)
         return bars, fed_bar
 
 

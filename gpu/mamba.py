@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fpnumba.gpu import _device, _mamba, _mamba_rows, mixers, scan
+from fpnumba.gpu import _device, _mamba, mixers, scan
+from fpnumba.gpu._mamba import Arguments, makes
+from fpnumba.gpu._mamba_rows import Application
 from fpnumba.reference import mamba as reference
 from fpnumba.reference import products
 from fpnumba.reference.mamba import Bars, Norm, Solved, System, normalize, normalize_vjp
@@ -35,8 +37,6 @@ __all__ = [
 ]
 
 Array = Any
-
-Application, Arguments, makes = _mamba_rows.Application, _mamba.Arguments, _mamba.makes
 
 # Steps between two states that a pullback keeps.
 SPAN = 16
@@ -123,7 +123,7 @@ def solve(
     s, xp = system, _device.xp()
     batch, steps, dim = s.x.shape
     state = xp.zeros((batch, dim, s.B.shape[-1]), s.x.dtype) if initial is None else initial
-    options = {"rtol": float(rtol), "atol": float(atol), "max_iter": int(max_iter), "damping": float(damping)}
+    options: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_iter": max_iter, "damping": damping}
     if _mamba.serves(s):
         y, state, iterations, residual, met = _mamba.solve(s, state, **options)
     else:
@@ -220,7 +220,7 @@ def solve_made(
     made
         For `pull_made`.
     """
-    options = {"rtol": float(rtol), "atol": float(atol), "max_iter": int(max_iter), "damping": float(damping)}
+    options: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_iter": max_iter, "damping": damping}
     y, state, iterations, residual, met, made = _mamba.solve_made(
         system, given, initial, keep=keep, **options
     )
@@ -376,6 +376,7 @@ def _pull_step(
     u_bar, delta_bar, A_bar, B_bar, C_bar, skip_bar, before = scan.selective_scan_vjp(
         u, s.delta, s.A, s.B, s.C, s.skip, past, o_bar, G
     )
+    assert skip_bar is not None
     x_bar = products.apply_transpose(mixers, s.kind, s.params, u_bar)
     bars = Bars(
         products.cotangent(mixers, s.kind, s.params, s.x - y, u_bar),

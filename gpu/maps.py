@@ -83,7 +83,7 @@ def adamw(
     xp, numbers = _device.xp(), [p.dtype.type(n) for n in (scale, rate, decay, *betas, eps)]
     if hasattr(xp, "cuda"):
         into = "T p, T g, T m, T v, T scale, T rate, T decay, T b1, T b2, T eps"
-        return tuple(_elementwise(into, "T out, T m_out, T v_out", _ADAMW)(p, g, m, v, *numbers))  # type: ignore[return-value]
+        return tuple(_elementwise(into, "T out, T m_out, T v_out", _ADAMW)(p, g, m, v, *numbers))
     scale, rate, decay, b1, b2, eps = numbers
     grad = scale * g
     m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad * grad

@@ -124,5 +124,5 @@ def adamw(
 ) -> tuple[Array, Array, Array]:
     """One AdamW step of flat arrays: the new parameters and moments; see :mod:`fpnumba.nn.kernels`."""
     out, m, v = np.empty_like(p), m.copy(), v.copy()
-    kernels.adamw(p, g, m, v, scale, rate, decay, *betas, eps, out)
+    kernels.adamw(p, g, m, v, scale, rate, decay, betas[0], betas[1], eps, out)
     return out, m, v

@@ -119,7 +119,8 @@ def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Sol
     doors, given = backend.room(cell.v).mamba, _given(cell)
     y, last, solved, made = doors.solve_made(_system(cell), given, cell.initial, keep=keep, **options)
     verdict = Verdict(len(y))
-    verdict.add(Solved(y, *solved, solved[0]))
+    iterations, residual, status = solved
+    verdict.add(Solved(y, iterations, residual, status, iterations))
     end = y[:, -1] if y.shape[1] else cell.initial[0]
     found = Solve(y, verdict.solution(y, "sequential"), steps=[Kept(given, made)] if keep else [])
     return found, (backend.contiguous(end), last)

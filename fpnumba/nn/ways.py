@@ -303,6 +303,7 @@ def pull_sequential(
     for t in range(steps - 1, -1, -1):
         at_t = cell.part(slice(t, t + 1), contiguous(before[:, t]))
         made = found.steps[t] if found.steps else at_t.mix(at_t.v)
+        assert r is not None
         r_t = contiguous(r)[:, None]
         solved = solve_linear_adjoint(made.mixer, at_t.lam, r_t, tight, whole, method)
         verdict.add(solved)
