@@ -108,6 +108,18 @@ def _function(kernel: Kernel, shared: int) -> Any:
     return found
 
 
+_threads = threading.local()
+
+
+def _context() -> None:
+    """See to it that this thread has a context of the current device: the driver does not make one, as the runtime does at
+    a thread's first call."""
+    seen, device = vars(_threads).setdefault("devices", set()), current()
+    if device not in seen:
+        xp().cuda.runtime.setDevice(device)
+        seen.add(device)
+
+
 def loaded() -> list[Kernel]:
     """The kernels that this process has compiled or loaded so far, on the current device."""
     device = current()
@@ -129,6 +141,7 @@ class Repeated:
         self._plain = (kernel, blocks, threads, shared) if not hasattr(xp(), "cuda") else None
         self._arguments = list(arguments)
         if self._plain is None and blocks:
+            _context()
             cuda = xp().cuda
             self._at, (data, table) = _packed(arguments)
             self._data, self._table, self._launch = data, table, cuda.driver.launchKernel
@@ -168,6 +181,7 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...]
     """
     if blocks == 0:
         return
+    _context()
     function = _function(kernel, shared).kernel.ptr
     cuda = xp().cuda
     at, keeps = _packed(arguments)

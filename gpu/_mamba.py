@@ -101,7 +101,8 @@ def serves(s: System) -> bool:
     return one.channels * one.states <= MOST_HELD
 
 
-def _norm(s: System) -> tuple[Array, Array | None, np.float64]:
+def norm_of(s: System) -> tuple[Array, Array | None, np.float64]:
+    """Weight, bias and eps of the norm as the kernels take them."""
     if s.norm is None:
         return _device.xp().ones(s.x.shape[-1], s.x.dtype), None, np.float64(0)
     return s.norm.weight, s.norm.bias, np.float64(s.norm.eps)
@@ -189,7 +190,7 @@ class _Walk:
         rank, size, gram = one.rank, s.B.shape[-1], one.rank * (one.rank - 1) // 2 if one.product else 0
         told = _device.several(((batch,), np.int64), ((batch,), np.float64), ((batch,), np.uint8))
         self.iterations, self.residual, self.met = told
-        weight, bias, eps = _norm(s)
+        weight, bias, eps = norm_of(s)
         rtol, atol, max_iter, damping = options
         sums = 1 + 3 * rank + gram, 1 + 2 * rank + rank * (rank + 1) // 2 + rank**2, rank
         self._shared = one.shared(2 * rank + 4 + one.threads // 16, *sums)
@@ -300,7 +301,7 @@ class _Back:
         self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
         self.gate_bar = None if s.gate is None else _shapes.empty_like(self.z)
         self.B_bar, self.C_bar = _shapes.empty_like(s.B), _shapes.empty_like(s.C)
-        weight, _, eps = _norm(s)
+        weight, _, eps = norm_of(s)
         self._inputs = (*_inputs(s), weight)
         self._launch: _device.Repeated | None = None
         self._sizes = np.int64(batch), np.int64(steps), np.int32(dim), np.int32(size), _heads(s), eps

@@ -8,7 +8,7 @@ import numpy as np
 
 from fpnumba.gpu import _device, _shapes, scan
 from fpnumba.gpu._engine import precision
-from fpnumba.gpu._mamba import Arguments, Layout, layout
+from fpnumba.gpu._mamba import Arguments, Layout, layout, norm_of
 from fpnumba.reference.mamba import Bars, System
 
 Array = Any
@@ -37,12 +37,6 @@ def _fed(given: Arguments, before: Array) -> Array | None:
     return _device.product(flat, given.stacked, transposed=(False, True), precision=precision())
 
 
-def _norm(s: System) -> tuple[Array, Array | None, np.float64]:
-    if s.norm is None:
-        return _device.xp().ones(s.x.shape[-1], s.x.dtype), None, np.float64(0)
-    return s.norm.weight, s.norm.bias, np.float64(s.norm.eps)
-
-
 class Application:
     """One application at the iterate ``y``, whose steps see `before`."""
 
@@ -67,7 +61,7 @@ class Application:
 
     def value(self) -> Array:
         """``f(y)``."""
-        new, (weight, bias, eps) = _shapes.empty_like(self._o), _norm(self._s)
+        new, (weight, bias, eps) = _shapes.empty_like(self._o), norm_of(self._s)
         arguments = (self._o, self._s.gate, weight, bias, np.int32(new.shape[-1]), eps, new)
         self._launch("norm_rows", self._rows, arguments, 2)
         return new
@@ -75,7 +69,7 @@ class Application:
     def pull(self, new_bar: Array) -> tuple[Bars, Array | None]:
         """Cotangents, of the arguments in ``params``, ``B`` and ``C``; and of what ``y_{t-1}`` says, (B T, width)."""
         s, given, xp = self._s, self._given, _device.xp()
-        dim, (weight, _, eps) = s.x.shape[-1], _norm(s)
+        dim, (weight, _, eps) = s.x.shape[-1], norm_of(s)
         blocks = max(1, min(self._rows, BLOCKS_EACH * _device.multiprocessors()))
         o_bar = _shapes.empty_like(self._o)
         weights, biases = (xp.zeros((blocks, dim), o_bar.dtype) for _ in range(2))

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def test_two_streams_at_once() -> None:
         for found, right in zip((one, two), alone, strict=True):
             for a, b in zip(found, right, strict=True):
                 assert bool((a == b).all())
+
+
+def test_a_thread_of_its_own() -> None:
+    p = problem(4, 300, 64, 1, cupy.float32)
+    here = everything(
+        p, "direct"
+    )  # compiled, and memory in the pool: the thread need not ask the runtime for anything
+    cupy.cuda.Device().synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(everything, p, "direct").result()
+    for a, b in zip(here, there, strict=True):
+        assert bool((a == b).all())
 
 
 def test_more_than_two_to_the_31_elements() -> None:
