@@ -112,8 +112,8 @@ _threads = threading.local()
 
 
 def _context() -> None:
-    """See to it that this thread has a context of the current device: the driver does not make one, as the runtime does at
-    a thread's first call."""
+    """See to it that this thread has a context of the current device: the driver makes none, and the runtime does at a
+    thread's first call."""
     seen, device = vars(_threads).setdefault("devices", set()), current()
     if device not in seen:
         xp().cuda.runtime.setDevice(device)
