@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from fpnumba.cpu._jit import entry
-from fpnumba.cpu._kinds import BLOCK, mix, mix_transpose, pull
+from fpnumba.cpu._kinds import BLOCK, mix, mix_again, mix_transpose, pull
 from fpnumba.cpu._mamba_parts import decayed, dot, normal, normal_vjp, scan_bars, take_over
 from fpnumba.cpu._mamba_small import PATIENCE
 
@@ -61,7 +61,10 @@ def solve_steps(
             while True:
                 for i in range(dim):
                     d[0, i] = xt[i] - yt[i]
-                mix(p, b, t, 1, d, out, work)
+                if count == 0:
+                    mix(p, b, t, 1, d, out, work)
+                else:
+                    mix_again(p, b, t, 1, d, out, work)
                 for i in range(dim):
                     held[i] = out[0, i] + yt[i]
                     v[i] = r[i] + w[i] * held[i]
