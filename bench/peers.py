@@ -161,7 +161,7 @@ def jax_mamba(params: dict[str, NDArray[Any]], *, mixer: str, rtol: float, itera
         both, n1 = jnp.concatenate([drive, before], axis=-1), d1 * (d1 + 1) // 2
         entries = jax.nn.silu(both @ weight(p, "mixer.uv_project").T)
         diag = jax.nn.sigmoid(both @ weight(p, "mixer.diag").T + p["mixer.diag.bias"])
-        k1 = 2 * factor(entries[..., :n1], diag[..., :d1], d1)
+        k1 = jnp.swapaxes(2 * factor(entries[..., :n1], diag[..., :d1], d1), -1, -2)
         k2 = factor(entries[..., n1:], diag[..., d1:], d2)
 
         def apply(v: Any) -> Any:
