@@ -72,7 +72,8 @@ def _against_jax(
     errors = [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs]
     assert max(errors) < 1e-3, f"the peer's answers differ by up to {max(errors):.1e}"
     _, both = jax_mamba(params, mixer=mixer, rtol=RTOL, iterations=ITERATIONS)
-    seconds = median_seconds(lambda: jax.block_until_ready(both(params, x, cotangent)), repeats=3)
+    wait: Any = jax.block_until_ready
+    seconds = median_seconds(lambda: wait(both(params, x, cotangent)), repeats=3)
     note = f"{ITERATIONS} iterations: ours {seconds / ours:.1f}x faster; it would stop after {int(count)}"
     add("  the same in JAX jit, parallel iteration", SHAPE, seconds, None, note)
     return {"seconds": seconds, "ratio": seconds / ours, "difference": max(errors), "stops": int(count)}

@@ -43,7 +43,8 @@ def mamba_cases(
     def system(a: Args, gated: bool) -> System:
         norm = Norm(a["weight"], a["bias"] if gated else None, 1e-5, gated)
         gate = a["gate"] if gated else None
-        return System(kind, a["params"], *(a[n] for n in ("x", "delta", "A", "B", "C", "D")), gate, norm)
+        parts = {name: a[name] for name in ("x", "delta", "A", "B", "C")}
+        return System(kind, a["params"], skip=a["D"], gate=gate, norm=norm, **parts)
 
     def doors(room: Room) -> Any:
         if room.name == "gpu":

@@ -16,6 +16,7 @@ from fpnumba.nn.activations import silu, silu_vjp
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer, State
 from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
+from fpnumba.nn.mixer_maps import LowRankMap
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Weights, init_weight, weight_of, weight_vjp
 from fpnumba.nn.recurrence import Solve
@@ -319,7 +320,8 @@ class MatrixStateLayer(FixedPointLayer):
             return ways.pull_chain(cell, found, y_bar), None
         if adjoint.method == "neumann":
             return ways.pull_neumann(cell, found.h, y_bar, adjoint.terms or 0), None
-        if found.steps and isinstance(found.steps[0], matrix_low_rank.Kept):
+        fused = found.steps and isinstance(found.steps[0], matrix_low_rank.Kept)
+        if fused and isinstance(self.map, LowRankMap):
             bars, solution = matrix_low_rank.pull(cell, self.map, found, y_bar)
         else:
             bars, solution = matrix_ways.pull_sequential(cell, found, y_bar, adjoint)
