@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 import fpnumba as fp
+from bench import mamba
 from bench.timing import Row, copy_bandwidth, median_seconds
 
 SHAPE = (8, 4096, 512)
@@ -99,6 +100,7 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     record: dict[str, Any] = {"threads": numba.get_num_threads()}
     if peers:
         record["peer"] = _against_jax(p, shape, answers["chunked"], values, add)
+    record["mamba"] = mamba.run(add, peers=peers)
     record["scaling"] = _scaling(quick, add)
     record["copy_bytes_per_second"] = copies
     record["rows"] = [row.as_dict() for row in rows]

@@ -1,4 +1,4 @@
-"""The ``fpnumba`` command: info, validate, train, evaluate, plot."""
+"""The ``fpnumba`` command: info, validate, train, evaluate, plot, import-weights."""
 
 import argparse
 import contextlib
@@ -78,6 +78,8 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except (train.CheckpointError, train.RunError, train.ConfigError, train.MissingExtra) as error:
+        raise UserError(str(error)) from error
+    except train.WeightsError as error:
         raise UserError(str(error)) from error
     except train.TrainingError as error:
         raise Failure(str(error)) from error
@@ -281,6 +283,24 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+# --- import-weights ---------------------------------------------------------------------------
+
+
+def _import_weights(options: argparse.Namespace) -> int:
+    from fpnumba import train
+
+    with _user_errors():
+        train.need_all("safetensors")
+        found = train.import_weights(options.file, options.out, config=options.config)
+    layer, arrays = found.layer, found.params.values()
+    numbers, dtype = sum(array.size for array in arrays), next(iter(arrays)).dtype
+    print(f"{type(layer).__name__}, d_model {layer.d_model}, mixer {layer.mixer}")
+    print(f"{len(arrays)} arrays, {numbers} numbers of {dtype}, all finite")
+    print(f"a forward pass over noise: {found.iterations} iterations, output finite")
+    print(f"written to {found.path}; fpnumba.train.load_weights({str(options.out)!r}) gives (layer, params)")
+    return 0
+
+
 # --- the arguments ----------------------------------------------------------------------------
 
 
@@ -380,6 +400,30 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="where the pictures go (default: into the run)"
     )
     plot.set_defaults(command=_plot)
+
+    weights = commands.add_parser(
+        "import-weights",
+        help="bring over the weights of a published FPMamba or FPRNN",
+        description=(
+            "Read the state dict of a layer of the published PyTorch implementation, check that it fits its "
+            "configuration, that all numbers are finite and that a forward pass is, and write a checkpoint "
+            "that fpnumba.train.load_weights loads. Nothing is overwritten, and torch is not needed."
+        ),
+        epilog=(
+            'The configuration is JSON: {"cls": "FPMamba", "d_model": 128, "config": {"mixer_type": '
+            '"kronecker", ...}}, where "config" holds the arguments of the constructor by their published '
+            'names; "train" and "optimizer" (of the fixed-point loop) may be there, too.'
+        ),
+    )
+    weights.add_argument("file", type=Path, metavar="FILE.safetensors", help="the state dict")
+    weights.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG.json",
+        help="its configuration (default: what the file's metadata hold under 'config')",
+    )
+    weights.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for the checkpoint")
+    weights.set_defaults(command=_import_weights)
     return parser
 
 

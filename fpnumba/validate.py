@@ -293,11 +293,15 @@ def _fetched(outputs: Sequence[Any]) -> list[Array | None]:
 
 def cases(rng: np.random.Generator, shape: Shape) -> Iterator[Case]:
     """Every primitive on random inputs of that shape ``(B, T, D)``."""
+    # here, because that module takes its words from this one
+    from fpnumba.validate_mamba import mamba_cases
+
     yield from _scan_cases(rng, shape)
     yield from _selective_cases(rng, shape)
     for name, kind, params in _mixers(rng, shape):
         yield from _mixer_cases(rng, shape, name, kind, params)
         yield from _solve_cases(rng, shape, name, kind, params)
+        yield from mamba_cases(rng, shape, name, kind, params)
     yield from _public_cases(rng, shape)
 
 

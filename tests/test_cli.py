@@ -35,7 +35,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
 # --- help and info -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["validate"], ["train"], ["evaluate"], ["plot"]])
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["validate"], ["train"], ["evaluate"], ["plot"], ["import-weights"]]
+)
 def test_help_explains(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         call(*command, "--help")

@@ -45,3 +45,17 @@ def test_segments_of_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="'circulant' is not a mixer"):
         mixers.apply("circulant", (), np.ones((1, 1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("d1", "d2"), [(4, 16), (5, 17), (16, 32), (8, 3), (3, 40)])
+def test_small_products_in_tiles_and_at_their_edges(d1, d2, dtype, rng) -> None:
+    shapes = (2, 3, d1, d1), (2, 3, d2, d2), (2, 3, d1 * d2), (2, 3, d1 * d2)
+    k1, k2, x, bar = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    tolerance = 1e-12 if dtype == np.float64 else 2e-4
+    for door in ("apply", "apply_transpose"):
+        ours, theirs = (getattr(room, door)("kronecker", (k1, k2), x) for room in (mixers, reference))
+        assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+    arguments = ("kronecker", (k1, k2), x, bar)
+    for ours, theirs in zip(mixers.cotangent(*arguments), reference.cotangent(*arguments), strict=True):
+        assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)

@@ -63,6 +63,8 @@ def test_the_grid_covers_every_primitive() -> None:
         assert {f"{mixer}: {one}" for one in what} <= names
     for scan in ("linear_scan", "linear_scan reverse", "selective_scan mamba", "selective_scan mamba2"):
         assert {scan, f"{scan} vjp"} <= names
+    for mixer in ("householder r=1", "householder r=3", "kronecker", "fixed"):
+        assert {f"{mixer}: matrix state", f"{mixer}: matrix state, gradient"} <= names
 
 
 @pytest.mark.parametrize("size", [1e-5, -1e-5, np.nan, np.inf])

@@ -17,6 +17,7 @@ from numba import types
 from numba.extending import overload
 
 from fpnumba.cpu._jit import OPTIONS, kernel
+from fpnumba.cpu._tiles import add_product
 
 # Most rows that are mixed together.
 BLOCK = 8
@@ -80,6 +81,11 @@ def mix(p, b, t, n, d, out, work):
     raise NotImplementedError
 
 
+def mix_again(p, b, t, n, d, out, work):
+    """`mix` of one step right after another `mix` of the same step, whose ``work`` is as that left it."""
+    raise NotImplementedError
+
+
 def mix_transpose(p, b, t, n, d, out, work):
     """Declared here, defined by the overloads below."""
     raise NotImplementedError
@@ -140,33 +146,18 @@ def work_size(p: Any) -> int:
     return 1
 
 
+@overload(mix_again, jit_options=STEP_OPTIONS)
+def mix_again_anyhow(p, b, t, n, d, out, work):
+    if is_kind(p, Kronecker):
+        return None
+
+    def again(p, b, t, n, d, out, work):
+        mix(p, b, t, n, d, out, work)
+
+    return again
+
+
 # Products that several steps need
-
-
-@kernel
-def _left(k1, b, t, d, k, work, d1, d2):
-    """``work = K1 V``, V row ``k`` of ``d``."""
-    for i in range(d1):
-        row = i * d2
-        for j in range(d2):
-            work[row + j] = 0
-        for l in range(d1):
-            weight = k1[b, t, i, l]
-            for j in range(d2):
-                work[row + j] += weight * d[k, l * d2 + j]
-
-
-@kernel
-def _left_transpose(k1, b, t, d, k, work, d1, d2):
-    """``work = K1^T V``"""
-    for i in range(d1):
-        row = i * d2
-        for j in range(d2):
-            work[row + j] = 0
-        for l in range(d1):
-            weight = k1[b, t, l, i]
-            for j in range(d2):
-                work[row + j] += weight * d[k, l * d2 + j]
 
 
 @kernel
@@ -306,77 +297,73 @@ def householder_pull(p, bar, b, t, n, d, e, out, work):
 # Kronecker
 
 
+@kernel
+def _minus_left(d, k, work, transposed, k1, at1, d1, right, at2, d2, out):
+    """``out[k] = d[k] - K1 V R`` (or ``K1^T V R``): V row ``k`` of ``d``, R at ``at2`` of ``right``."""
+    one, zero, size = d.dtype.type(1), d.dtype.type(0), d1 * d2
+    for i in range(size):
+        work[i] = zero
+        out[k, i] = d[k, i]
+    down, along = (1, d1) if transposed else (d1, 1)
+    row = k * d.shape[1]
+    add_product(k1, at1, down, along, d1, d1, d, row, d2, one, work, 0)
+    add_product(work, 0, d2, 1, d1, d2, right, at2, d2, -one, out, row)
+
+
 @defines(mix, Kronecker)
 def kronecker_mix(p, b, t, n, d, out, work):
     d1, d2 = p.k1.shape[2], p.k2.shape[2]
     for k in range(n):
-        _left(p.k1, b, t + k, d, k, work, d1, d2)
-        # The second factor transposed, so that the inner loop runs along its rows.
+        # The second factor transposed, so that products run along its rows.
         at = d1 * d2
         for i in range(d2):
             for j in range(d2):
                 work[at + j * d2 + i] = p.k2[b, t + k, i, j]
-        for i in range(d1):
-            row = i * d2
-            for j in range(d2):
-                out[k, row + j] = d[k, row + j]
-            for j in range(d2):
-                weight = work[row + j]
-                for m in range(d2):
-                    out[k, row + m] -= weight * work[at + j * d2 + m]
+        here = (b * p.k1.shape[1] + t + k) * d1 * d1
+        _minus_left(d, k, work, False, p.k1, here, d1, work, at, d2, out)
+
+
+@defines(mix_again, Kronecker)
+def kronecker_mix_again(p, b, t, n, d, out, work):
+    d1, d2 = p.k1.shape[2], p.k2.shape[2]
+    here = (b * p.k1.shape[1] + t) * d1 * d1
+    _minus_left(d, 0, work, False, p.k1, here, d1, work, d1 * d2, d2, out)
 
 
 @defines(mix_transpose, Kronecker)
 def kronecker_transpose(p, b, t, n, d, out, work):
     d1, d2 = p.k1.shape[2], p.k2.shape[2]
     for k in range(n):
-        _left_transpose(p.k1, b, t + k, d, k, work, d1, d2)
-        for i in range(d1):
-            row = i * d2
-            for j in range(d2):
-                out[k, row + j] = d[k, row + j]
-            for j in range(d2):
-                weight = work[row + j]
-                for m in range(d2):
-                    out[k, row + m] -= weight * p.k2[b, t + k, j, m]
+        step = b * p.k1.shape[1] + t + k
+        _minus_left(d, k, work, True, p.k1, step * d1 * d1, d1, p.k2, step * d2 * d2, d2, out)
 
 
 @defines(pull, Kronecker)
 def kronecker_pull(p, bar, b, t, n, d, e, out, work):
     d1, d2 = p.k1.shape[2], p.k2.shape[2]
-    at = d1 * d2
+    at, one, zero = d1 * d2, d.dtype.type(1), d.dtype.type(0)
     for k in range(n):
+        step, row = b * p.k1.shape[1] + t + k, k * d.shape[1]
+        at1, at2 = step * d1 * d1, step * d2 * d2
         # K1 X, then K2_bar = -Y^T (K1 X)
-        _left(p.k1, b, t + k, d, k, work, d1, d2)
+        for i in range(d1 * d2):
+            work[i] = zero
+            work[at + i] = zero
+            out[k, i] = e[k, i]
         for m in range(d2):
             for j in range(d2):
-                bar.k2[b, t + k, m, j] = 0
-        for i in range(d1):
-            for m in range(d2):
-                weight = e[k, i * d2 + m]
-                for j in range(d2):
-                    bar.k2[b, t + k, m, j] -= weight * work[i * d2 + j]
+                bar.k2[b, t + k, m, j] = zero
+        add_product(p.k1, at1, d1, 1, d1, d1, d, row, d2, one, work, 0)
+        add_product(e, row, 1, d2, d2, d1, work, 0, d2, -one, bar.k2, at2)
         # Y K2, then K1_bar = -(Y K2) X^T and Q^T Y = Y - K1^T (Y K2)
-        for i in range(d1):
-            for j in range(d2):
-                work[at + i * d2 + j] = 0
-            for m in range(d2):
-                weight = e[k, i * d2 + m]
-                for j in range(d2):
-                    work[at + i * d2 + j] += weight * p.k2[b, t + k, m, j]
+        add_product(e, row, d2, 1, d1, d2, p.k2, at2, d2, one, work, at)
         for i in range(d1):
             for l in range(d1):
-                dot = d.dtype.type(0)
+                dot = zero
                 for j in range(d2):
                     dot += work[at + i * d2 + j] * d[k, l * d2 + j]
                 bar.k1[b, t + k, i, l] = -dot
-        for i in range(d1):
-            for j in range(d2):
-                out[k, i * d2 + j] = e[k, i * d2 + j]
-            for l in range(d1):
-                weight = p.k1[b, t + k, l, i]
-                for j in range(d2):
-                    out[k, i * d2 + j] -= weight * work[at + l * d2 + j]
+        add_product(p.k1, at1, 1, d1, d1, d1, work, at, d2, -one, out, row)
 
 
 # Monarch

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.cpu import _threads, mixers, scan
+from fpnumba.cpu import _mamba, _mamba_low_rank, _threads, mixers, scan
 from fpnumba.cpu._kinds import as_mixer, work_size
-from fpnumba.cpu._mamba import pull_step, solve_steps
 from fpnumba.reference import mamba as reference
 from fpnumba.reference.mamba import Bars, Norm, Solved, System, normalize, normalize_vjp
 from fpnumba.reference.scan import _per_channel
@@ -32,6 +31,8 @@ __all__ = [
 
 Array = NDArray[np.floating[Any]]
 
+LOW_RANK = ("dplr", "householder")
+
 # Steps between two states that a pullback keeps.
 SPAN = 16
 
@@ -49,14 +50,6 @@ def iterate(system: System, initial: Array | None, y: Array) -> Array:
 def application_vjp(system: System, initial: Array | None, y: Array, new_bar: Array) -> Bars:
     """Cotangents of `iterate`; see `fpnumba.reference.mamba.application_vjp`."""
     return reference.application_vjp(system, initial, y, new_bar, _Doors)
-
-
-def _mixer_arguments(s: System) -> tuple[Any, ...]:
-    """The mixer as kernels take it, scratch, and its low rank if it has one."""
-    p, direct = as_mixer(s.kind, s.params), s.kind in ("dplr", "householder")
-    empty = np.empty((*s.x.shape[:2], 0, s.x.shape[2]), s.x.dtype), np.empty((*s.x.shape[:2], 0), s.x.dtype)
-    u, alpha = s.params if direct else empty
-    return p, work_size(p), u, alpha, direct, s.kind == "householder"
 
 
 def _scan_arguments(s: System) -> tuple[Any, ...]:
@@ -116,10 +109,17 @@ def solve(
     y, iterations = np.empty_like(s.x), np.zeros(batch, np.int64)
     residual, met = np.zeros(batch), np.ones(batch, bool)
     weight, bias, mode, eps = _norm_arguments(s)
-    arguments = (*_mixer_arguments(s), *_scan_arguments(s), weight, bias, mode, eps)
+    arguments = (*_scan_arguments(s), weight, bias, mode, eps)
     options = (float(rtol), float(atol), int(max_iter), float(damping))
+    results = (state, y, iterations, residual, met)
     work = 32 * s.x.size * shape[2]
-    _threads.run(solve_steps, batch, work, *arguments, *options, state, y, iterations, residual, met)
+    if s.kind in LOW_RANK:
+        mixer: tuple[Any, ...] = (*s.params, s.kind == "householder")
+        _threads.run(_mamba_low_rank.solve_steps, batch, work, *mixer, *arguments, *options, *results)
+    else:
+        p = as_mixer(s.kind, s.params)
+        mixer = (p, work_size(p))
+        _threads.run(_mamba.solve_steps, batch, work, *mixer, *arguments, *options, *results)
     status = np.where(met, CONVERGED, MAX_ITER)
     wild = ~(np.isfinite(y).all((1, 2)) & np.isfinite(state).all((1, 2)))
     if wild.any():
@@ -176,15 +176,15 @@ def pullback(
     start = np.zeros(states, dtype) if initial is None else initial
     G = np.zeros(states, dtype) if last_bar is None else last_bar.copy()
     bar = mixers.empty_bars(s.kind, s.params)
-    mixer, scanned = _mixer_arguments(s), _scan_arguments(s)
+    scanned = _scan_arguments(s)
     weight, _, mode, eps = _norm_arguments(s)
     z, u_bar, x_bar, delta_bar = (np.empty_like(s.x) for _ in range(4))
     B_bar, C_bar, gate_bar = np.empty_like(s.B), np.empty_like(s.C), np.empty_like(scanned[6])
     rate_bar = np.zeros(states, dtype)
     skip_bar, weight_bar, bias_bar = (np.zeros((batch, dim), dtype) for _ in range(3))
     met = np.ones(batch, bool)
-    arguments = (mixer[0], as_mixer(s.kind, bar), *mixer[1:], *scanned, weight, mode, eps, rtol, max_iter)
-    outputs = (
+    arguments: tuple[Any, ...] = (*scanned, weight, mode, eps)
+    outputs: tuple[Any, ...] = (
         z,
         u_bar,
         x_bar,
@@ -196,8 +196,13 @@ def pullback(
         skip_bar,
         weight_bar,
         bias_bar,
-        met,
     )
+    if s.kind in LOW_RANK:
+        kernel, arguments = _mamba_low_rank.pull_step, (*bar, *s.params, s.kind == "householder", *arguments)
+    else:
+        p, kernel = as_mixer(s.kind, s.params), _mamba.pull_step
+        arguments = (p, as_mixer(s.kind, bar), work_size(p), *arguments, float(rtol), int(max_iter))
+        outputs = (*outputs, met)
     u = reference.channel_mix(s, y, mixers) if steps > 1 else y
     spans = [start]
 
@@ -221,7 +226,7 @@ def pullback(
             pasts.append(after(t, pasts[-1]))
         for t in reversed(steps_here):
             past = pasts[t - steps_here[0]]
-            _threads.run(pull_step, batch, 32 * z.size * size, t, *arguments, past, G, y, y_bar, *outputs)
+            _threads.run(kernel, batch, 32 * z.size * size, t, *arguments, past, G, y, y_bar, *outputs)
     if s.kind == "fixed":
         bar = (mixers.shared_cotangent(s.x - y, u_bar),)
     A_bar = rate_bar.sum(0)

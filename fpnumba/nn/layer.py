@@ -152,7 +152,7 @@ class FixedPointLayer(ABC):
     def _mixer_weights(self, params: Params, dtype: DTypeLike) -> tuple[Weights, Array | None, Mixer | None]:
         """The mixer's linear maps, ``F_h`` of them, and the mixer itself if it is fixed."""
         mixer_params = part(params, "mixer")
-        weights = self.map.stack.weights(mixer_params, dtype, next(iter(params.values())))
+        weights = self.map.stack.weights(mixer_params, dtype)
         if isinstance(self.map, FixedMap):
             return weights, None, ("fixed", (self.map.matrix(mixer_params),))
         if "mixer" not in self.hidden:

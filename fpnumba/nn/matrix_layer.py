@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.nn import backend, matrix_ways, ways
+from fpnumba.nn import backend, matrix_low_rank, matrix_ways, ways
 from fpnumba.nn.activations import silu, silu_vjp
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer, State
 from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
+from fpnumba.nn.mixer_maps import LowRankMap
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Weights, init_weight, weight_of, weight_vjp
 from fpnumba.nn.recurrence import Solve
 from fpnumba.reference.mamba import Norm
-from fpnumba.solve import Solution, report
+from fpnumba.solve import Solution, Solver, report
 
 Array = NDArray[Any]
 
@@ -300,12 +301,19 @@ class MatrixStateLayer(FixedPointLayer):
         """What was found, and what to go on from where that is known."""
         solver, way = self._solver(), ways.way(self.solver, self.map)
         if way == "sequential":
-            return matrix_ways.solve_sequential(cell, solver, keep=keep)
+            return self._sequential(cell, solver, keep=keep)
         if way == "parallel":
             found = ways.solve_parallel(cell, solver, further=self.n_backwards)
         else:
             found = ways.solve_chunked(cell, solver)
         return found, None
+
+    def _sequential(
+        self, cell: MatrixCell, solver: Solver, *, keep: bool
+    ) -> tuple[Solve, tuple[Array, Array]]:
+        if backend.on_host(cell.v) and matrix_low_rank.serves(self.map):
+            return matrix_low_rank.solve(cell, self.map, solver, keep=keep)
+        return matrix_ways.solve_sequential(cell, solver, keep=keep)
 
     def _pull(self, cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solution | None]:
         adjoint = self.adjoint
@@ -313,7 +321,11 @@ class MatrixStateLayer(FixedPointLayer):
             return ways.pull_chain(cell, found, y_bar), None
         if adjoint.method == "neumann":
             return ways.pull_neumann(cell, found.h, y_bar, adjoint.terms or 0), None
-        bars, solution = matrix_ways.pull_sequential(cell, found, y_bar, adjoint)
+        fused = found.steps and isinstance(found.steps[0], matrix_low_rank.Kept)
+        if fused and isinstance(self.map, LowRankMap):
+            bars, solution = matrix_low_rank.pull(cell, self.map, found, y_bar)
+        else:
+            bars, solution = matrix_ways.pull_sequential(cell, found, y_bar, adjoint)
         report(f"adjoint of {type(self).__name__}", solution, adjoint.on_failure)
         return bars, solution
 
@@ -372,7 +384,7 @@ class MatrixStateLayer(FixedPointLayer):
         front = self._front(params, contiguous(x).reshape(count, 1, self.d_model), window)
         folded = self._folded(params, x.dtype)
         cell = self._cell(params, folded, front, state)
-        found, (y, last) = matrix_ways.solve_sequential(cell, self.solver, keep=False)
+        found, (y, last) = self._sequential(cell, self.solver, keep=False)
         report(f"{type(self).__name__}.step", found.solution, self.solver.on_failure)
         gated = y
         if folded.w_z is not None:

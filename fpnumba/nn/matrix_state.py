@@ -52,7 +52,7 @@ class Steps:
         raw = argument
         if self.weight is not None:
             raw = product(rows(argument), self.weight, transposed=(False, True))
-            raw = raw.reshape(*argument.shape[:-1], -1)
+            raw = raw.reshape(*argument.shape[:-1], raw.shape[1])
         # what is not finite is told of in the solve's status
         with np.errstate(over="ignore", invalid="ignore"):
             delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
@@ -388,7 +388,7 @@ class MatrixBars:
         if weight is not None and self.step_weight is not None:
             flat_bar = rows(raw_bar)
             self.step_weight += product(flat_bar, rows(argument), transposed=(True, False))
-            raw_bar = product(flat_bar, weight).reshape(*raw_bar.shape[:-1], -1)
+            raw_bar = product(flat_bar, weight).reshape(argument.shape)
         if found is None:
             self.base["lambda"][:, at] += raw_bar
         else:

@@ -126,9 +126,9 @@ class Stack:
                 params[f"{part.name}.bias"] = np.zeros(part.outputs, dtype)
         return params
 
-    def weights(self, params: Params, dtype: DTypeLike, like: Array) -> Weights:
-        """The matrices behind the parameters, made once per call, where `like` lies."""
-        xp = namespace(like)
+    def weights(self, params: Params, dtype: DTypeLike) -> Weights:
+        """The matrices behind the parameters, made once per call, where the parameters lie."""
+        xp = namespace(next(iter(params.values()), np.zeros(0)))
         first = xp.empty((self.inner, self.inputs), dtype)
         bias = xp.zeros(self.inner, dtype)
         seconds: list[Array | None] = []
@@ -182,7 +182,9 @@ class Weights:
             a[..., out : out + part.outputs] = (
                 inner
                 if second is None
-                else product(rows(inner), second, transposed=(False, True)).reshape(*v.shape[:-1], -1)
+                else product(rows(inner), second, transposed=(False, True)).reshape(
+                    *v.shape[:-1], part.outputs
+                )
             )
             at, out = at + part.inner, out + part.outputs
         return a
@@ -199,7 +201,7 @@ class Weights:
                 vbar[..., into] = abar[..., of]
             else:
                 own = rows(abar[..., of])
-                vbar[..., into] = product(own, second).reshape(*abar.shape[:-1], -1)
+                vbar[..., into] = product(own, second).reshape(*abar.shape[:-1], part.inner)
                 second_bar += product(own, rows(v[..., into]), transposed=(True, False))
             at, out = at + part.inner, out + part.outputs
         return vbar

@@ -8,6 +8,7 @@ from fpnumba.train.extras import MissingExtra, need_all
 from fpnumba.train.folder import Folder, RunError
 from fpnumba.train.loop import Outcome, TrainingError, run
 from fpnumba.train.pictures import plot
+from fpnumba.train.weights import Imported, WeightsError, import_weights, load_weights
 
 __all__ = [
     "CUTS",
@@ -17,15 +18,19 @@ __all__ = [
     "Config",
     "ConfigError",
     "Folder",
+    "Imported",
     "MissingExtra",
     "Outcome",
     "RunError",
     "TrainingError",
+    "WeightsError",
     "baseline_of",
     "build_model",
     "evaluate",
+    "import_weights",
     "initial_params",
     "load_run",
+    "load_weights",
     "need_all",
     "plot",
     "preset",
