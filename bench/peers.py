@@ -96,7 +96,7 @@ def jax_mamba(params: dict[str, NDArray[Any]], *, mixer: str, rtol: float, itera
     """The parallel iteration of :class:`fpnumba.nn.FPMamba` with its default options, and its exact gradient, jitted.
 
     Every iteration makes the parameters of all steps from the previous iterate and scans over time, with the states of
-    one step after the other, which on a CPU takes a fifth of ``associative_scan``. The gradient is implicit: as many
+    one step after the other. The gradient is implicit: as many
     iterations of the adjoint of one application, linearised once.
 
     Parameters
