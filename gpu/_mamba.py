@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpnumba.gpu import _device, _shapes, mixers
+from fpnumba.gpu import _device, _shapes, mixers, scan
 from fpnumba.gpu._engine import precision, tuned
 from fpnumba.gpu._report import store
-from fpnumba.reference.mamba import Bars, System
+from fpnumba.reference.mamba import Bars, System, channel_mix
 
 Array = Any
 
@@ -85,9 +85,13 @@ def layout(
     )
 
 
+def mode_of(s: System) -> int:
+    """The norm by the number of the kernels."""
+    return 0 if s.norm is None else 2 if s.norm.centred else 1
+
+
 def _layout(s: System) -> Layout:
-    mode = 0 if s.norm is None else 2 if s.norm.centred else 1
-    about = (s.kind == "householder", mode, s.gate is not None, s.A.ndim == 1)
+    about = (s.kind == "householder", mode_of(s), s.gate is not None, s.A.ndim == 1)
     return layout(_shapes.name(s.x.dtype), s.params[1].shape[2], *about, s.x.shape[-1], s.B.shape[-1])
 
 
@@ -375,10 +379,11 @@ def pull_made(
     width = 0 if given.stacked is None else len(given.stacked)
     fed_bar = xp.empty((steps, batch, width), y.dtype)
     G = xp.zeros((batch, dim, s.B.shape[-1]), y.dtype) if last_bar is None else _shapes.aligned(last_bar)[0]
-    more = None
+    more, u = None, channel_mix(s, y, mixers) if made.span > 1 else y
     for first in reversed(range(0, steps, made.span)):
-        pasts = _again(made, y, first)
-        for t in reversed(range(first, min(first + made.span, steps))):
+        last = min(first + made.span, steps)
+        pasts = states(s, u, first, last, made.states[first // made.span])
+        for t in reversed(range(first, last)):
             rest = made.arguments, made.norms, *given.places, *given.numbers, x_bar, mixer_bar, fed_bar[t]
             G = back.go(t, pasts[t - first], G, y, y_bar, more, rest)
             if given.stacked is not None:
@@ -386,20 +391,19 @@ def pull_made(
     return back.bars(mixer_bar, x_bar, G), fed_bar.swapaxes(0, 1)
 
 
-def _again(made: Made, y: Array, first: int) -> list[Array]:
-    """The state before each step of a span: solved again, which finds what was found."""
-    s, states = made.system, [made.states[first // made.span]]
-    last = min(first + made.span, s.x.shape[1])
-    if last - first > 1:
-        walk = _Walk(s, _layout(s), _shapes.empty_like(y), AGAIN)
-        for t in range(first, last - 1):
-            states.append(_shapes.empty_like(states[-1]))
-            walk.go(t, t + 1, states[-2], states[-1])
-    return states
+def at(array: Array, t: int) -> Array:
+    """One step of an array, contiguous."""
+    return _device.xp().ascontiguousarray(array[:, t : t + 1])
 
 
-# As tight as it goes: the solve need not have been.
-AGAIN = (1e-7, 0.0, 1000, 1.0)
+def states(s: System, u: Array, first: int, last: int, state: Array) -> list[Array]:
+    """The states before the steps `first` to `last`; `state` is that before the first, and ``u = Q (x - y) + y``."""
+    found = [state]
+    for t in range(first, last - 1):
+        step = (at(a, t) for a in (u, s.delta, s.B, s.C))
+        now, delta, B, C = step
+        found.append(scan.selective_scan(now, delta, s.A, B, C, None, found[-1])[1])
+    return found
 
 
 class Total:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fpnumba.gpu import _device, _shapes, scan
 from fpnumba.gpu._engine import precision
-from fpnumba.gpu._mamba import Arguments, Layout, layout, norm_of
+from fpnumba.gpu._mamba import Arguments, Layout, layout, mode_of, norm_of
 from fpnumba.reference.mamba import Bars, System
 
 Array = Any
@@ -17,12 +17,10 @@ Array = Any
 BLOCK, BLOCKS_EACH = 256, 4
 
 
-def _layout(s: System, activation: str) -> Layout:
-    mode = 0 if s.norm is None else 2 if s.norm.centred else 1
-    about = (mode, s.gate is not None, False)
-    found = layout(_shapes.name(s.x.dtype), 1, False, *about, s.x.shape[-1], 4)
+def _layout(dtype: str, mode: int, gated: bool, dim: int, activation: str) -> Layout:
+    found = layout(dtype, 1, False, mode, gated, False, dim, 4)
     threads = min(BLOCK, found.threads)
-    return found._replace(threads=threads, channels=-(-s.x.shape[-1] // threads), full=False, act=activation)
+    return found._replace(threads=threads, channels=-(-dim // threads), full=False, act=activation)
 
 
 def _kernel(one: Layout, name: str) -> _device.Kernel:
@@ -42,8 +40,9 @@ class Application:
 
     def __init__(self, s: System, given: Arguments, initial: Array, y: Array, before: Array) -> None:
         self._s, self._given, self._initial = s, given, initial
-        self._one, self._rows = _layout(s, given.activation), s.x.shape[0] * s.x.shape[1]
-        dim, size = s.x.shape[-1], s.B.shape[-1]
+        dim, size, self._rows = s.x.shape[-1], s.B.shape[-1], s.x.shape[0] * s.x.shape[1]
+        about = _shapes.name(s.x.dtype), mode_of(s), s.gate is not None
+        self._one = _layout(*about, dim, given.activation)
         self._fed = _fed(given, before)
         self._mixed, self._B, self._C = (_shapes.empty_like(a) for a in (s.x, s.B, s.C))
         self._arguments = (
@@ -99,8 +98,6 @@ def representative() -> list[_device.Kernel]:
     """The kernels that are compiled where there is no device."""
     found = []
     for dtype, gated, mode, dim in (("float32", False, 2, 1024), ("float64", True, 1, 100)):
-        one = layout(dtype, 1, False, mode, gated, False, dim, 4)
-        threads = min(BLOCK, one.threads)
-        one = one._replace(threads=threads, channels=-(-dim // threads), full=False, act="silu")
+        one = _layout(dtype, mode, gated, dim, "silu")
         found += [_kernel(one, name) for name in ("mix_rows", "mix_rows_vjp", "norm_rows", "norm_rows_vjp")]
     return found

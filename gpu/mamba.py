@@ -59,24 +59,15 @@ def application_vjp(system: System, initial: Array | None, y: Array, new_bar: Ar
     return reference.application_vjp(system, initial, y, new_bar, _Doors)
 
 
-def _at(array: Array, t: int) -> Array:
-    return _device.xp().ascontiguousarray(array[:, t : t + 1])
-
-
 def at_step(s: System, t: int) -> System:
     """The system of one step."""
     if s.x.shape[1] == 1:
         return s
-    gate = None if s.gate is None else _at(s.gate, t)
-    params = _whole(s.kind, products.at_steps(s.kind, s.params, slice(t, t + 1), 1))
-    arrays = (_at(s.x, t), _at(s.delta, t), s.A, _at(s.B, t), _at(s.C, t))
+    gate = None if s.gate is None else _mamba.at(s.gate, t)
+    here = products.at_steps(s.kind, s.params, slice(t, t + 1), 1)
+    params = products.each(s.kind, here, _device.xp().ascontiguousarray)
+    arrays = (_mamba.at(s.x, t), _mamba.at(s.delta, t), s.A, _mamba.at(s.B, t), _mamba.at(s.C, t))
     return System(s.kind, params, *arrays, s.skip, gate, s.norm)
-
-
-def _whole(kind: Any, params: Any) -> Any:
-    if kind == "mixture":
-        return [(one, _whole(one, theirs)) for one, theirs in params]
-    return tuple(_device.xp().ascontiguousarray(p) for p in params)
 
 
 def _largest(v: Array) -> Array:
@@ -303,33 +294,23 @@ def pullback(
     """
     s, xp = system, _device.xp()
     batch, steps, dim = s.x.shape
-    states = (batch, dim, s.B.shape[-1])
-    start = xp.zeros(states, s.x.dtype) if initial is None else initial
-    G = xp.zeros(states, s.x.dtype) if last_bar is None else last_bar
+    shape = (batch, dim, s.B.shape[-1])
+    start = xp.zeros(shape, s.x.dtype) if initial is None else initial
+    G = xp.zeros(shape, s.x.dtype) if last_bar is None else last_bar
     total = _mamba.Total(s)
     met, z = xp.ones(batch, bool), xp.empty_like(y)
     u = reference.channel_mix(s, y, mixers) if steps > 1 else y
-
-    def after(t: int, state: Array) -> Array:
-        arrays = (_at(a, t) for a in (u, s.delta))
-        now, delta = arrays
-        return scan.selective_scan(now, delta, s.A, _at(s.B, t), _at(s.C, t), None, state)[1]
-
+    ends = [*range(0, steps, SPAN), steps]
     spans = [start]
-    for begin in range(SPAN, steps, SPAN):
-        state = spans[-1]
-        for t in range(begin - SPAN, begin):
-            state = after(t, state)
-        spans.append(state)
-    for span in reversed(range(len(spans))) if steps else ():
-        here = range(span * SPAN, min((span + 1) * SPAN, steps))
-        pasts = [spans[span]]
-        for t in here[:-1]:
-            pasts.append(after(t, pasts[-1]))
-        for t in reversed(here):
-            step, past = at_step(s, t), pasts[t - here[0]]
-            serves = _mamba.pull if _mamba.serves(s) else _pull_step
-            pulled, met_now = serves(step, past, _at(y, t), _at(y_bar, t), G, rtol=rtol, max_iter=max_iter)
+    for begin in ends[1:-1]:
+        # the state before the step after the span
+        spans.append(_mamba.states(s, u, begin - SPAN, begin + 1, spans[-1])[-1])
+    pull = _mamba.pull if steps and _mamba.serves(s) else _pull_step
+    for begin, end, state in reversed(list(zip(ends, ends[1:], spans, strict=False))):
+        pasts = _mamba.states(s, u, begin, end, state)
+        for t in reversed(range(begin, end)):
+            arguments = at_step(s, t), pasts[t - begin], _mamba.at(y, t), _mamba.at(y_bar, t), G
+            pulled, met_now = pull(*arguments, rtol=rtol, max_iter=max_iter)
             G = pulled.initial
             z[:, t] = pulled.y[:, 0]
             met &= met_now

@@ -4,11 +4,12 @@ Beside the kinds of `fpnumba.reference.mixers` there is "mixture", whose ``param
 the first of which is applied first. `doors` is the module ``mixers`` of a room.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from fpnumba.reference.kinds import Array
 
-__all__ = ["apply", "apply_transpose", "at_steps", "cotangent"]
+__all__ = ["apply", "apply_transpose", "at_steps", "cotangent", "each"]
 
 
 def apply(doors: Any, kind: Any, params: Any, x: Array) -> Array:
@@ -61,3 +62,18 @@ def at_steps(kind: Any, params: Any, steps: slice, axis: int) -> Any:
     if kind == "fixed":
         return params
     return tuple(p[(slice(None),) * axis + (steps,)] for p in params)
+
+
+def each(kind: Any, params: Any, change: Callable[[Array], Array]) -> Any:
+    """The parameters with every array changed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fpnumba.reference import products
+    >>> products.each("mixture", [("fixed", (np.array([[0.5]]),))], np.negative)
+    [('fixed', (array([[-0.5]]),))]
+    """
+    if kind == "mixture":
+        return [(one, each(one, theirs, change)) for one, theirs in params]
+    return tuple(change(p) for p in params)

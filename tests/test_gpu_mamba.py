@@ -230,7 +230,6 @@ def test_the_gradient_of_parameters_made_on_the_way(
 ) -> None:
     if few:  # states are made again
         monkeypatch.setattr(_mamba, "KEPT_BYTES", 2 * 2 * 40 * 5 * 8)
-        monkeypatch.setattr(_mamba, "AGAIN", (1e-13, 0.0, 1000, 1.0))
     given, system, initial = made(rng, seen=seen, heads=heads)
     shape = system.x.shape
     y_bar, last_bar = rng.standard_normal(shape), rng.standard_normal(initial[1].shape)

@@ -40,7 +40,10 @@ def serves(cell: MatrixCell) -> bool:
         return False
     if cell.map.rank != 1 or cell.map.stack.factored or cell.fixed is not None:
         return False
-    return bool(backend.room(cell.v).mamba.makes(_system(cell, empty=True), cell.map.activation))
+    if "serves" not in cell.ready:  # asked in every iteration
+        doors = backend.room(cell.v).mamba
+        cell.ready["serves"] = doors.makes(_system(cell, empty=True), cell.map.activation)
+    return bool(cell.ready["serves"])
 
 
 def _system(cell: MatrixCell, *, empty: bool = False) -> System:
@@ -103,7 +106,8 @@ def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Arra
         bars.gate += pulled.gate
     if bars.norm_bias is not None:
         bars.norm_bias += pulled.bias
-    bars.steps(pulled.delta, cell.ready["application"][0].delta, cell.base["lambda"], slice(None))
+    delta = cell.ready["application"][0].delta
+    bars.base["lambda"] += bars.pull_steps(pulled.delta, delta, cell.base["lambda"])
     if fed_bar is not None and bars.stacked is not None:
         bars.stacked += backend.product(fed_bar, rows(cell.before(y)), transposed=(True, False))
     if not through:
@@ -135,8 +139,8 @@ def pull(cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solu
     bars.base = {"mixer": pulled.params, "b": pulled.B, "c": pulled.C}
     bars.v, bars.A, bars.skip, bars.gate = pulled.x, pulled.A, pulled.skip, pulled.gate
     bars.norm_weight, bars.norm_bias = pulled.weight, pulled.bias
-    bars.base["lambda"] = backend.zeros(cell.base["lambda"].shape, y)
-    bars.steps(pulled.delta, kept.made.system.delta, cell.base["lambda"], slice(None))
+    delta = kept.made.system.delta
+    bars.base["lambda"] = bars.pull_steps(pulled.delta, delta, cell.base["lambda"])
     if cell.stacked is not None:
         bars.stacked = backend.product(rows(fed_bar), rows(cell.before(y)), transposed=(True, False))
     verdict = Verdict(len(y))

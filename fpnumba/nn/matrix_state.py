@@ -257,7 +257,8 @@ class MatrixMade:
             return contiguous(array[:, t : t + 1])
 
         s, (kind, params) = self.system, self.mixer
-        mixer = (kind, whole(kind, products.at_steps(kind, params, slice(t, t + 1), 1)))
+        here = products.at_steps(kind, params, slice(t, t + 1), 1)
+        mixer = (kind, products.each(kind, here, contiguous))
         gate = None if s.gate is None else cut(s.gate)
         system = System(
             mixer[0], mixer[1], cut(s.x), cut(s.delta), s.A, cut(s.B), cut(s.C), s.skip, gate, s.norm
@@ -289,13 +290,6 @@ class MatrixMade:
             gate,
             s.norm,
         )
-
-
-def whole(kind: Any, params: Any) -> Any:
-    """The same parameters, contiguous."""
-    if kind == "mixture":
-        return [(one, whole(one, theirs)) for one, theirs in params]
-    return tuple(contiguous(p) for p in params)
 
 
 def doors(kind: Any, like: Array) -> Any:
@@ -365,22 +359,14 @@ class MatrixBars:
             found["mixer"] = cell.weights.expand_vjp(made.arguments["mixer"], abar, self.seconds)
         found["b"] = self._direction(made.system.B, made.b_norm, bars.B)
         found["c"] = self._direction(made.system.C, made.c_norm, bars.C)
-        self.steps(bars.delta, made.system.delta, made.arguments["lambda"], at, found)
+        found["lambda"] = self.pull_steps(bars.delta, made.system.delta, made.arguments["lambda"])
         for name, bar in found.items():
             self.base[name][:, at] += bar
         seen = [found[name] for name in SEGMENTS if name in cell.feedback]
         return np.concatenate(seen, axis=-1) if seen else None
 
-    def steps(
-        self,
-        delta_bar: Array,
-        delta: Array,
-        argument: Array,
-        at: slice,
-        found: dict[str, Array] | None = None,
-    ) -> None:
-        """Add what a cotangent of ``delta`` over the steps `at` means for what it is made from; that of its argument
-        goes into `found`, if there is one."""
+    def pull_steps(self, delta_bar: Array, delta: Array, argument: Array) -> Array:
+        """Add what a cotangent of ``delta`` means for its weight and bias; return that of its argument."""
         # the derivative of softplus, from its value
         raw_bar = -np.expm1(-delta) * delta_bar
         self.step_bias += rows(raw_bar).sum(0)
@@ -389,10 +375,7 @@ class MatrixBars:
             flat_bar = rows(raw_bar)
             self.step_weight += product(flat_bar, rows(argument), transposed=(True, False))
             raw_bar = product(flat_bar, weight).reshape(argument.shape)
-        if found is None:
-            self.base["lambda"][:, at] += raw_bar
-        else:
-            found["lambda"] = raw_bar
+        return raw_bar
 
     def _direction(self, out: Array, norm: Array, out_bar: Array) -> Array:
         eps = self.cell.bc_eps
