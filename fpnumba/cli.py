@@ -304,12 +304,44 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+# What `fpnumba plot` draws besides, and the options of each.
+_PLOTS = {
+    "one run": (),
+    "several runs": ("length",),
+    "iterations": ("length", "chunk", "batch", "history"),
+    "ways": ("lengths", "batch"),
+}
+
+
 def _plot(options: argparse.Namespace) -> int:
     from fpnumba import train
 
+    words: list[str] = options.run
+    what = "one run" if len(words) == 1 else "several runs"
+    # A run whose folder is called so is still a run.
+    if words[0] in ("iterations", "ways") and not train.Folder(words[0]).holds_run():
+        what, words = words[0], words[1:]
+        if len(words) != 1:
+            raise UserError(f"argument RUN: plot {what} draws one run, not {len(words)}")
+    given = {name: getattr(options, name) for name in ("length", "lengths", "chunk", "batch", "history")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in _PLOTS[what]:
+            of = [
+                f"plot {kind}" if " " not in kind else kind for kind, names in _PLOTS.items() if name in names
+            ]
+            raise UserError(f"argument --{name}: is an option of {' and of '.join(of)}")
     with _user_errors():
         train.need_all("matplotlib")
-        _say_written(train.plot(options.run, out=options.out))
+        if what == "one run":
+            written = train.plot(words[0], out=options.out)
+        elif what == "several runs":
+            written = train.compare(words, out=options.out, **given)
+        else:
+            train.need_all("safetensors")
+            draw = train.plot_iterations if what == "iterations" else train.plot_ways
+            written = draw(words[0], out=options.out, **given)
+        _say_written(written)
     return 0
 
 
@@ -419,15 +451,45 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser(
         "plot",
-        help="pictures of an evaluated run",
+        help="pictures of evaluated runs",
+        usage="fpnumba plot [iterations | ways] RUN [RUN ...] [options]",
         description=(
-            "Draw accuracy and iterations against length, and the loss, as PNG and SVG, from the newest "
-            "evaluation."
+            "Draw runs as PNG and SVG. One RUN: accuracy and iterations against length, and the loss, from the "
+            "newest evaluation. Several: the same against length, and accuracy at a longer length against the "
+            "time of training; runs that differ by the seed alone are one curve with its range. iterations RUN: "
+            "iterations of the trained network over batch and time. ways RUN: the fixed points that it has step "
+            "after step, chunk after chunk and all at once."
         ),
     )
-    plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    plot.add_argument("run", nargs="+", metavar="RUN", help="folder of a run")
     plot.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where the pictures go (default: into the run)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the pictures go (default: into the run; beside the first of several)",
+    )
+    plot.add_argument(
+        "--length",
+        type=_positive,
+        metavar="N",
+        help="iterations: of its sequences; several runs: at which time is compared (default: the longest)",
+    )
+    plot.add_argument(
+        "--lengths",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="ways: sequence lengths (default: the run's own)",
+    )
+    plot.add_argument(
+        "--chunk", type=_positive, metavar="N", help="iterations: steps of a chunk (default: length / 16)"
+    )
+    plot.add_argument("--batch", type=_positive, metavar="N", help="iterations, ways: number of sequences")
+    plot.add_argument(
+        "--history",
+        action="store_true",
+        default=None,
+        help="iterations: draw the residual after each iteration as well",
     )
     plot.set_defaults(command=_plot)
 

@@ -12,7 +12,7 @@ from fpnumba.tasks import WordProblem
 from fpnumba.train.build import build_model, load_run, stream, with_solver
 from fpnumba.train.checkpoint import Arrays, write_atomically
 from fpnumba.train.config import Config, ConfigError
-from fpnumba.train.folder import Folder, versions
+from fpnumba.train.folder import Folder, RunError, versions
 
 FORMAT = "fpnumba-evaluation"
 VERSION = 1
@@ -143,6 +143,26 @@ def evaluate(
     }
     data = (json.dumps(judgement, indent=2) + "\n").encode()
     write_atomically(folder.fresh("evaluation", ".json"), data)
+    return judgement
+
+
+def read_evaluation(folder: Folder) -> dict[str, Any]:
+    """The newest judgement of a run.
+
+    Raises
+    ------
+    RunError
+        If there is none, or one that cannot be read.
+    """
+    newest = folder.newest_evaluation()
+    if newest is None:
+        raise RunError(f"run: {folder.path} has not been evaluated; fpnumba evaluate {folder.path} does that")
+    try:
+        judgement = json.loads(newest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"run: {newest} cannot be read ({error})") from None
+    if not isinstance(judgement, dict) or judgement.get("format") != FORMAT:
+        raise RunError(f"run: {newest} is no evaluation of an fpnumba run")
     return judgement
 
 
