@@ -524,8 +524,9 @@ def _train_parser(commands: Any) -> None:
         "train",
         help="train a fixed-point RNN to track a group",
         description=(
-            "Train a fixed-point RNN on the word problem of a group, judge it and draw the result. Ctrl-C "
-            "finishes the step, leaves a checkpoint and says how to go on. Nothing is overwritten."
+            "Train a fixed-point RNN on the word problem of a group, judge it and draw the result. Ctrl-C or "
+            "SIGTERM finishes the step, leaves a checkpoint and says how to go on. Nothing is overwritten. "
+            "Under mpirun -n K, so many processes share every batch."
         ),
         epilog=(
             "TASK is a group: zN cyclic, sN symmetric, aN alternating, dN dihedral, q8, or factors joined by "

@@ -214,7 +214,7 @@ def draw_seconds(figure: Any, found: list[Series], length: int) -> None:
     """Accuracy at one length against the time of training, a point for every run."""
     axes = figure.subplots()
     axes.set_title(f"Token accuracy at length {length} against the time of training")
-    times = []
+    times: list[float] = []
     for one in found:
         points = [(run.seconds, run.results[length]["accuracy"]) for run in one.runs if run.seconds]
         if not points:

@@ -265,7 +265,7 @@ def draw_ways(figure: Any, found: dict[str, Any]) -> None:
     right.set_title("Largest difference of a logit from the sequential way")
     lengths = [result["length"] for result in found["ways"][0]["results"]]
     # Curves that lie on each other stay visible: wide and pale below, narrow and dashed above.
-    looks = [
+    looks: list[dict[str, Any]] = [
         {"linewidth": 7, "alpha": 0.35, "markersize": 10},
         {"linewidth": 2.4},
         {"linestyle": (0, (2, 2)), "linewidth": 2},
