@@ -194,21 +194,34 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       with += told[2 * R + i] * mean_with(i);
       along += told[2 * R + i] * mean_along(i);
     }
-    real s3[2 * STATES] = {}, e[CHANNELS], onto[1] = {0};
+    real e[CHANNELS], o_bar[CHANNELS], fed[CHANNELS] = {}, slope[CHANNELS] = {}, onto[1] = {0};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
-      e[c] = 0;
+      o_bar[c] = 0;
       if (d < dim) {
         real zd = right[c];
 #pragma unroll
         for (int i = 0; i < R; ++i) zd += told[2 * R + i] * in.vector(i, d);
-        const real wt = widen(weight[d]), g = in.opening(d), dt = in.step(d), own = widen(skip[d]);
-        const real v_bar = scale * (zd * wt - with - v[c] * along), o_bar = g * v_bar, drive = dt * mixed[c];
-        const i64 at = (b * dim + d) * size;
-        real fed = 0, slope = 0;
+        const real v_bar = scale * (zd * widen(weight[d]) - with - v[c] * along);
+        o_bar[c] = in.opening(d) * v_bar;
+        z[row * dim + d] = narrow(zd);
+        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+        skips[c] += o_bar[c] * mixed[c];
+        weights[c] += zd * v[c] * scale;
+        biases[c] += zd;
+      }
+    }
+    // VECTOR numbers of the state at a time; what is summed over the channels follows, of B and of C in turn
 #pragma unroll
-        for (int from = 0; from < STATES; from += VECTOR) {
+    for (int from = 0; from < STATES; from += VECTOR) {
+      real s3[2 * VECTOR] = {};
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const int d = c * THREADS + threadIdx.x;
+        if (d < dim) {
+          const real dt = in.step(d), drive = dt * mixed[c];
+          const i64 at = (b * dim + d) * size;
           real rate[VECTOR], decay[VECTOR], was[VECTOR], coming[VECTOR];
           in.decays(d, dt, from, rate, decay);
           load_part(past + at, size, from, was);
@@ -216,34 +229,38 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) {
             const int n = from + k;
-            const real now = was[k] * decay[k], bar = n < size ? coming[k] + o_bar * rowC[n] : (real)0;
-            s3[n] += drive * bar;
-            s3[STATES + n] += o_bar * (now + drive * rowB[n]);
-            fed += bar * rowB[n];
-            slope += bar * now * rate[k];
+            const real now = was[k] * decay[k], bar = n < size ? coming[k] + o_bar[c] * rowC[n] : (real)0;
+            s3[k] += drive * bar;
+            s3[VECTOR + k] += o_bar[c] * (now + drive * rowB[n]);
+            fed[c] += bar * rowB[n];
+            slope[c] += bar * now * rate[k];
             rates(c, HEADS ? 0 : n) += bar * now * dt;
             coming[k] = bar * decay[k];
           }
           store_part(before + at, size, from, coming);
         }
-        e[c] = own * o_bar + dt * fed;
-        z[row * dim + d] = narrow(zd);
-        delta_bar[row * dim + d] = narrow(mixed[c] * fed + slope);
-        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+      }
+      sums_part<2 * VECTOR, THREADS>(s3, last, 2 * from);
+    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      e[c] = 0;
+      if (d < dim) {
+        e[c] = widen(skip[d]) * o_bar[c] + in.step(d) * fed[c];
+        delta_bar[row * dim + d] = narrow(mixed[c] * fed[c] + slope[c]);
         if constexpr (MADE)
           onto[0] += in.vector(0, d) * e[c];
         else
           u_bar[row * dim + d] = narrow(e[c]);
-        skips[c] += o_bar * mixed[c];
-        weights[c] += zd * v[c] * scale;
-        biases[c] += zd;
       }
     }
-    const real* rows = group_sums<2 * STATES, THREADS>(s3, last);
+    const real* totals = sums_total<2 * STATES, THREADS>(last);
+    auto row_bar = [&](int which, int n) { return totals[n / VECTOR * 2 * VECTOR + which * VECTOR + n % VECTOR]; };
     if constexpr (!MADE) {
       for (int n = threadIdx.x; n < size; n += THREADS) {
-        B_bar[row * size + n] = narrow(rows[n]);
-        C_bar[row * size + n] = narrow(rows[STATES + n]);
+        B_bar[row * size + n] = narrow(row_bar(0, n));
+        C_bar[row * size + n] = narrow(row_bar(1, n));
       }
     } else {
       // Q = I - alpha u u^T:  alpha_bar = -(u . e) (u . d), u_bar = -alpha ((u . d) e + (u . e) d) with d = x - y
@@ -273,15 +290,15 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       }
       const int lane = threadIdx.x % 32;
       for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
-        const real *bar = rows + which * STATES, *own = which ? rowC : rowB;
+        const real* own = which ? rowC : rowB;
         const real its = widen(norms[row * 3 + 1 + which]);
         real back = 0;
-        for (int n = lane; n < size; n += 32) back += own[n] * bar[n];
+        for (int n = lane; n < size; n += 32) back += own[n] * row_bar(which, n);
         back = bc_eps >= 0 && its >= (real)bc_eps ? warp_total(back) : (real)0;
         const real over = bc_eps >= 0 ? 1 / larger(its, (real)bc_eps) : (real)1;
         const int at = which ? at_c : at_b;
         for (int n = lane; n < size; n += 32) {
-          const real found = (bar[n] - back * own[n]) * over;
+          const real found = (row_bar(which, n) - back * own[n]) * over;
           (which ? C_bar : B_bar)[row * size + n] = narrow(found);
           if (at >= 0) fed_bar[b * width + at + n] = narrow(found);
         }
