@@ -79,7 +79,7 @@ def _user_errors() -> Iterator[None]:
         yield
     except (train.CheckpointError, train.RunError, train.ConfigError, train.MissingExtra) as error:
         raise UserError(str(error)) from error
-    except train.WeightsError as error:
+    except (train.WeightsError, train.ParallelError) as error:
         raise UserError(str(error)) from error
     except train.TrainingError as error:
         raise Failure(str(error)) from error
@@ -153,47 +153,77 @@ def _train(options: argparse.Namespace) -> int:
     from fpnumba import train
 
     with _user_errors():
-        train.need_all("safetensors", "tqdm", "matplotlib")
-        if options.resume is not None:
-            config, folder = _resumed(options)
-        else:
-            config = _configured(options)
-            folder = train.Folder(options.out or Path("runs") / f"{config.task}-{options.preset}")
-            folder.refuse_occupied()
-        train.build_model(config)
-        outcome = train.run(
-            config,
-            folder.path,
-            resume=options.resume is not None,
-            minutes=options.minutes,
+        group = train.group()
+    try:
+        with _user_errors(), group.together():
+            return _trained(options, group)
+    except Exception:
+        if group.rank == 0:
+            raise
+        return 0  # what went wrong in all processes is said by the first
+
+
+def _trained(options: argparse.Namespace, group: "training.Group") -> int:
+    from fpnumba import train
+
+    train.need_all("safetensors", "tqdm", "matplotlib")
+    config, folder = group.first(lambda: _wanted(options))
+    train.build_model(config)
+    outcome = train.run(
+        config,
+        folder.path,
+        resume=options.resume is not None,
+        minutes=options.minutes,
+        quiet=options.quiet,
+        label="fixed point",
+        group=group,
+    )
+    if config.baseline and outcome.reason != "interrupted":
+        # The same updates on the same sequences, so that the iterations are all that differs.
+        held = train.run(
+            train.baseline_of(config),
+            folder.baseline.path,
+            resume=group.first(folder.baseline.holds_run),
+            stop=outcome.step,
             quiet=options.quiet,
-            label="fixed point",
+            label="one iteration",
+            group=group,
         )
-        if config.baseline and outcome.reason != "interrupted":
-            # The same updates on the same sequences, so that the iterations are all that differs.
-            held = train.run(
-                train.baseline_of(config),
-                folder.baseline.path,
-                resume=folder.baseline.holds_run(),
-                stop=outcome.step,
-                quiet=options.quiet,
-                label="one iteration",
-            )
-            if held.reason == "interrupted":
-                outcome = held
-        if outcome.reason == "interrupted":
+        if held.reason == "interrupted":
+            outcome = held
+    if outcome.reason == "interrupted":
+        if group.rank == 0:
             where = f"at step {outcome.step}; go on with: fpnumba train --resume {folder.path}"
             print(f"fpnumba: interrupted {where}", file=sys.stderr)
-            return INTERRUPTED
-        if not options.quiet:
-            ends = {"steps": "all steps made", "target": "target accuracy reached", "minutes": "out of time"}
-            said = f"{ends[outcome.reason]}: step {outcome.step}, {outcome.seconds:.0f} s of training"
-            print(f"{said}\n", file=sys.stderr)
-        print(train.table(train.evaluate(folder.path)))
-        pictures = train.plot(folder.path)
-        if not options.quiet:
-            _say_written(pictures)
+        return INTERRUPTED
+    group.first(lambda: _judged(options, folder, outcome))
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> "tuple[training.Config, training.Folder]":
+    """What to train, and where."""
+    from fpnumba import train
+
+    if options.resume is not None:
+        return _resumed(options)
+    config = _configured(options)
+    folder = train.Folder(options.out or Path("runs") / f"{config.task}-{options.preset}")
+    folder.refuse_occupied()
+    return config, folder
+
+
+def _judged(options: argparse.Namespace, folder: "training.Folder", outcome: "training.Outcome") -> None:
+    """What is said and drawn at the end of training."""
+    from fpnumba import train
+
+    if not options.quiet:
+        ends = {"steps": "all steps made", "target": "target accuracy reached", "minutes": "out of time"}
+        said = f"{ends[outcome.reason]}: step {outcome.step}, {outcome.seconds:.0f} s of training"
+        print(f"{said}\n", file=sys.stderr)
+    print(train.table(train.evaluate(folder.path)))
+    pictures = train.plot(folder.path)
+    if not options.quiet:
+        _say_written(pictures)
 
 
 def _configured(options: argparse.Namespace) -> "training.Config":

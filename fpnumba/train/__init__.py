@@ -7,6 +7,7 @@ from fpnumba.train.evaluation import CUTS, baseline_of, evaluate, table
 from fpnumba.train.extras import MissingExtra, need_all
 from fpnumba.train.folder import Folder, RunError
 from fpnumba.train.loop import Outcome, TrainingError, run
+from fpnumba.train.parallel import Group, ParallelError, group
 from fpnumba.train.pictures import plot
 from fpnumba.train.weights import Imported, WeightsError, import_weights, load_weights
 
@@ -18,15 +19,18 @@ __all__ = [
     "Config",
     "ConfigError",
     "Folder",
+    "Group",
     "Imported",
     "MissingExtra",
     "Outcome",
+    "ParallelError",
     "RunError",
     "TrainingError",
     "WeightsError",
     "baseline_of",
     "build_model",
     "evaluate",
+    "group",
     "import_weights",
     "initial_params",
     "load_run",

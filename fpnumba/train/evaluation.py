@@ -19,6 +19,8 @@ VERSION = 1
 CUTS = (1, 2, 4, 8)
 # Where parallel iterations are counted: how exactly, and over how many sequences.
 COUNT_RTOL, COUNT_BATCH = 1e-4, 64
+# Options of a solver that let every sequence go its own way, whatever the network was trained with.
+PLAIN: dict[str, Any] = {"chunk": None, "criterion": "max", "quantile": None, "on_failure": "ignore"}
 # Tokens that pass through the network at a time.
 _TOKENS = 16384
 
@@ -150,7 +152,7 @@ def count(config: Config, params: Arrays, task: WordProblem, length: int) -> dic
     Whatever way the network was solved in training: the count is what moves a layer from diagonal (one iteration) to
     dense (all that it takes).
     """
-    solver = {"method": "parallel", "rtol": COUNT_RTOL, "max_iter": 16 * length, "on_failure": "ignore"}
+    solver = {**PLAIN, "method": "parallel", "rtol": COUNT_RTOL, "max_iter": 16 * length}
     record: list[Any] = []
     model = build_model(config, **solver)
     tokens, _ = task.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
@@ -160,7 +162,7 @@ def count(config: Config, params: Arrays, task: WordProblem, length: int) -> dic
 
 def truncated(iterations: int) -> dict[str, Any]:
     """Options of a solver that stops after so many parallel iterations: part of the model, not a failure."""
-    return {"method": "parallel", "max_iter": iterations, "on_failure": "ignore"}
+    return {**PLAIN, "method": "parallel", "max_iter": iterations}
 
 
 def baseline_of(config: Config) -> Config:
@@ -170,7 +172,8 @@ def baseline_of(config: Config) -> Config:
     """
     layer = with_solver(config.model.get("layer", {}), truncated(1))
     layer["adjoint"] = {"method": "one-step"}
-    return config.replace(model={**config.model, "layer": layer}, baseline=False, target_accuracy=None)
+    model = {**config.model, "layer": layer}
+    return config.replace(model=model, iterations=None, baseline=False, target_accuracy=None)
 
 
 def _counted(parallel: dict[str, Any]) -> str:
