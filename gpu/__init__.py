@@ -2,23 +2,28 @@
 
 The doors (``scan``, ``mixers``, ``solve``, ``mamba``, ``maps``) are opened when they are first asked for; CuPy, a
 driver and a device are looked for at the first call, and what is missing is said then. `engine` tells which kind of
-kernel was asked for by name, `precision` in which precision layers multiply matrices.
+kernel was asked for by name, `precision` in which precision layers multiply matrices. `capture` records what a function
+does on the device, to be launched as one.
 """
 
 import importlib
 from typing import Any
 
 from fpnumba.gpu._engine import ENGINES, PRECISIONS, engine, precision, use_engine, use_precision
+from fpnumba.gpu._recording import recording
 
 __all__ = [
     "ENGINES",
     "PRECISIONS",
+    "Captured",
     "absent",
+    "capture",
     "engine",
     "mamba",
     "maps",
     "mixers",
     "precision",
+    "recording",
     "scan",
     "solve",
     "use_engine",
@@ -43,6 +48,10 @@ def absent() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("Captured", "capture"):
+        from fpnumba.gpu import _capture
+
+        return getattr(_capture, name)
     if name in _DOORS:
         return importlib.import_module(f"fpnumba.gpu.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

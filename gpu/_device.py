@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fpnumba.gpu._recording import recording
+
 KERNELS = Path(__file__).with_name("kernels")
 # How NumPy's names of dtypes are spelt in the kernels.
 STORES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
@@ -356,16 +358,14 @@ def product(
     double = a.dtype == np.float64
     gemm, compute, one_zero = _gemm("float64" if double else precision)
     kind, size = (_DOUBLE, 8) if double else (_SINGLE, 4)
+    now = recording()
+    if now is not None:
+        gemm, handle = now.gemm, 0
+    else:
+        handle = array.cuda.device.get_cublas_handle()
     # cuBLAS has columns where we have rows: the transposed product
     gemm(
-        *(
-            array.cuda.device.get_cublas_handle(),
-            int(transposed[1]),
-            int(transposed[0]),
-            columns,
-            rows,
-            inner,
-        ),
+        *(handle, int(transposed[1]), int(transposed[0]), columns, rows, inner),
         *(one_zero, b.data.ptr, kind, max(b.strides[0] // size, 1)),
         *(a.data.ptr, kind, max(a.strides[0] // size, 1)),
         *(one_zero + size, out.data.ptr, kind, columns, compute, -1),

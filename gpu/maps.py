@@ -250,6 +250,33 @@ def conv_vjp(x: Array, taps: Array, ybar: Array) -> tuple[Array, Array, Array]:
     return xbar, taps_bar, ybar.sum((0, 1))
 
 
+def lstm_step(gates: Array, fed: Array, before: Array, c: Array, h: Array) -> None:
+    """One step of an LSTM; see `fpnumba.nn.loops`."""
+    xp, width = _device.xp(), c.shape[1]
+    gates += fed
+    i, f, g, o = (gates[:, k * width : (k + 1) * width] for k in range(4))
+    for gate in (i, f, o):
+        gate[:] = (xp.tanh(gate / 2) + 1) / 2
+    g[:] = xp.tanh(g)
+    c[:] = f * before + i * g
+    h[:] = o * xp.tanh(c)
+
+
+def lstm_step_vjp(
+    gates: Array, before: Array, c: Array, h_bar: Array, fed_bar: Array, c_bar: Array, raw_bar: Array
+) -> None:
+    """Cotangents of :func:`lstm_step`; see `fpnumba.nn.loops`."""
+    xp, width = _device.xp(), c.shape[1]
+    i, f, g, o = (gates[:, k * width : (k + 1) * width] for k in range(4))
+    squashed, out = xp.tanh(c), h_bar + fed_bar
+    cell = c_bar + out * o * (1 - squashed * squashed)
+    raw_bar[:, :width] = cell * g * i * (1 - i)
+    raw_bar[:, width : 2 * width] = cell * before * f * (1 - f)
+    raw_bar[:, 2 * width : 3 * width] = cell * i * (1 - g * g)
+    raw_bar[:, 3 * width :] = out * squashed * o * (1 - o)
+    c_bar[:] = cell * f
+
+
 def scatter_rows(indices: Array, rows: Array, count: int) -> Array:
     """A table ``(count, D)`` of the sums of the rows of each index, the same every time: a product of matrices."""
     xp = _device.xp()

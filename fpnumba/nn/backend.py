@@ -71,3 +71,12 @@ def product(a: Array, b: Array, *, transposed: tuple[bool, bool] = (False, False
         found: Array = (a.T if transposed[0] else a) @ (b.T if transposed[1] else b)
         return found
     return kernels(a).product(a, b, transposed)  # type: ignore[no-any-return]
+
+
+def recorded(array: Array) -> bool:
+    """Whether work on this array is only recorded (`fpnumba.gpu.capture`): its values cannot be looked at."""
+    if on_host(array):
+        return False
+    from fpnumba.gpu import recording
+
+    return recording() is not None

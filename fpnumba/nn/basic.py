@@ -120,6 +120,8 @@ class Embedding:
         """Raise for tokens that are not integers, or not in the vocabulary."""
         if not np.issubdtype(tokens.dtype, np.integer):
             raise TypeError(f"tokens must be integers, not {tokens.dtype}")
+        if backend.recorded(tokens):
+            return
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab):
             raise ValueError(
                 f"tokens must lie in [0, {self.vocab}), but go from {tokens.min()} to {tokens.max()}"

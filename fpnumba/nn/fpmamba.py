@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
-from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved
+from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved, step_bias
 from fpnumba.nn.matrix_state import MatrixBars, Steps
 from fpnumba.reference.mamba import Norm
 from fpnumba.solve import Adjoint, Solver
@@ -152,7 +152,7 @@ class FPMamba(MatrixStateLayer):
             params["in_proj.bias"] = np.zeros(2 * inner, dtype)
         params["x_proj.weight"] = uniform(rng, (self.dt_rank + 2 * size, inner), inner, dtype)
         params["dt_proj.weight"] = uniform(rng, (inner, self.dt_rank), self.dt_rank, dtype)
-        params["dt_proj.bias"] = self._step_bias(rng, inner, dtype)
+        params["dt_proj.bias"] = step_bias(rng, inner, dtype)
         params["A_log"] = np.log(np.broadcast_to(np.arange(1.0, size + 1), (inner, size))).astype(dtype)
         params["D"] = np.ones(inner, dtype)
         params["out_norm.weight"], params["out_norm.bias"] = np.ones(inner, dtype), np.zeros(inner, dtype)
@@ -320,7 +320,7 @@ class FPMamba2(MatrixStateLayer):
         params = {"in_proj.weight": uniform(rng, (width, self.d_model), self.d_model, dtype)}
         if self.bias:
             params["in_proj.bias"] = np.zeros(width, dtype)
-        params["dt_bias"] = self._step_bias(rng, self.heads, dtype)
+        params["dt_bias"] = step_bias(rng, self.heads, dtype)
         params["A_log"] = np.log(rng.uniform(1.0, 16.0, self.heads)).astype(dtype)
         params["D"] = np.ones(inner if self.channel_skip else self.heads, dtype)
         params["norm.weight"] = np.ones(inner, dtype)

@@ -163,7 +163,8 @@ class FixedPointLayer(ABC):
         """``F_x x + bias``."""
         if isinstance(self.map, FixedMap):
             return zeros((*x.shape[:2], 0), x)
-        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True)) + weights.bias
+        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True))
+        base += weights.bias
         return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(

@@ -124,12 +124,6 @@ class MatrixStateLayer(FixedPointLayer):
             params["out_proj.bias"] = np.zeros(self.d_model, dtype)
         return params
 
-    def _step_bias(self, rng: np.random.Generator, count: int, dtype: DTypeLike) -> Array:
-        """The inverse of softplus at step sizes spread evenly, in the logarithm, between 0.001 and 0.1."""
-        step = np.maximum(np.exp(rng.uniform(math.log(0.001), math.log(0.1), count)), 1e-4)
-        bias: Array = (step + np.log(-np.expm1(-step))).astype(dtype)
-        return bias
-
     # --- the call ------------------------------------------------------------------------------------------
 
     def _fold(self, params: Params, dtype: DTypeLike) -> Folded:
@@ -393,6 +387,13 @@ class MatrixStateLayer(FixedPointLayer):
         if self.bias:
             out = out + params["out_proj.bias"]
         return out.reshape(*lead, self.d_model), self._state(lead, (y, last), front)
+
+
+def step_bias(rng: np.random.Generator, count: int, dtype: DTypeLike) -> Array:
+    """The inverse of softplus at step sizes spread evenly, in the logarithm, between 0.001 and 0.1."""
+    step = np.maximum(np.exp(rng.uniform(math.log(0.001), math.log(0.1), count)), 1e-4)
+    bias: Array = (step + np.log(-np.expm1(-step))).astype(dtype)
+    return bias
 
 
 def convolved(

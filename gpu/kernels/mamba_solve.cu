@@ -9,8 +9,8 @@
 
 constexpr bool HOLD = CHANNELS * STATES * (int)sizeof(real) <= 128;
 
-// Once a step has been iterated so near to its end that the geometric series has less than this of its size left,
-// Newton's method may take over, and may not go much further: there may be other solutions.
+// With more numbers than one: once a step has been iterated so near to its end that the geometric series has less than
+// this of its size left, Newton's method may take over, and may not go much further: there may be other solutions.
 constexpr real NEAR = (real)1e-3;
 // An iteration that goes back and forth, so many times without getting closer, is damped by half.
 constexpr int PATIENCE = 4;
@@ -39,6 +39,10 @@ struct Small {
       out[i] = total * inverse + f[i];
     }
     return inverse;
+  }
+  // The derivative of `map` with RANK 1.
+  __device__ __forceinline__ real slope(real out, real tau, real inverse) const {
+    return G[0][0] * inverse - (MODE ? (out - f[0]) * inverse * inverse * (pq[0] + qq[0] * tau) : (real)0);
   }
   // How far rounding alone may move what `map` gives.
   __device__ __forceinline__ real noise(const real (&tau)[R], real inverse) const {
@@ -92,7 +96,26 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
       damping /= 2;
       swings = 0;
     }
-    if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
+    if constexpr (R == 1) {
+      // Newton's method, where the slope hardly changes on the way (Kantorovich: there is one solution nearby) and the
+      // iteration would go there as well
+      const real gap = 1 - of.slope(next[0], tau[0], inverse) * S[0][0];
+      if (!done && magnitude(1 - damping * gap) < 1) {
+        real jump[R] = {sigma[0] + (next[0] - sigma[0]) / gap}, there[R], reached[R];
+        move(jump, reached);
+        const real ahead = of.map(reached, there);
+        const real gap_there = 1 - of.slope(there[0], reached[0], ahead) * S[0][0];
+        if (magnitude(gap_there - gap) <= (real)0.25 * magnitude(gap) &&
+            magnitude(there[0] - jump[0]) < (real)0.5 * moved) {
+          sigma[0] = jump[0];
+          next[0] = there[0];
+          tau[0] = reached[0];
+          inverse = ahead;
+          known = false;
+          continue;
+        }
+      }
+    } else if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
       // (I - F' S) jump = next - sigma
       real jump[R], along[R], m[R][R], slope[R], far = 0;
 #pragma unroll
@@ -155,7 +178,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
             double damping, i64* iterations, double* residual, unsigned char* met, const store* mixer_arguments,
-            const store* b_arguments, const store* c_arguments, const store* fed, int width, int at_mixer, int at_b,
+            const store* b_arguments, const store* c_arguments, const store* fed, int width, int stride, int at_mixer, int at_b,
             int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms) {
   constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
   SHARED(memory);
@@ -174,7 +197,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
     const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
                        GATED ? gate + row * dim : nullptr, dim, size, heads};
     if constexpr (MADE) {
-      const Arguments of = {mixer_arguments, b_arguments, c_arguments, fed, width, at_mixer, at_b, at_c};
+      const Arguments of = {mixer_arguments, b_arguments, c_arguments, fed, width, stride, at_mixer, at_b, at_c};
       real squares[R] = {}, made[CHANNELS][R];
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
@@ -183,7 +206,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         for (int i = 0; i < R; ++i) {
           made[c][i] = 0;
           if (d < dim) {
-            const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, i * dim + d);
+            const real argument = of.from(of.mixer, row, stride, of.at_mixer, b, i * dim + d);
             if (arguments) arguments[(row * R + i) * dim + d] = narrow(argument);
             made[c][i] = activate(argument);
             squares[i] += made[c][i] * made[c][i];
@@ -202,7 +225,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         }
       }
       if (threadIdx.x < R) {
-        const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, R * dim + threadIdx.x);
+        const real argument = of.from(of.mixer, row, stride, of.at_mixer, b, R * dim + threadIdx.x);
         alpha[row * R + threadIdx.x] = narrow((real)alpha_max * sigmoid(argument));
       }
       const int lane = threadIdx.x % 32;
@@ -241,14 +264,18 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
       if (d < dim) {
         const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
         store* h = state + (b * dim + d) * size;
-        real rate[STATES], decay[STATES], r = 0;
+        real r = 0;
         real(&now)[STATES] = held[HOLD ? c : 0];
-        in.decays(d, dt, rate, decay);
         load_row(t == from ? before + (b * dim + d) * size : h, size, now);
 #pragma unroll
-        for (int n = 0; n < STATES; ++n) {
-          now[n] *= decay[n];
-          r += now[n] * rowC[n];
+        for (int n = 0; n < STATES; n += VECTOR) {
+          real rate[VECTOR], decay[VECTOR];
+          in.decays(d, dt, n, rate, decay);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            now[n + k] *= decay[k];
+            r += now[n + k] * rowC[n + k];
+          }
         }
         if constexpr (!HOLD) store_row(h, size, now);
         gw[c] = g * w;
