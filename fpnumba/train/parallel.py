@@ -139,10 +139,9 @@ class MpiGroup(Group):
     def _on_devices(self, flat: Any) -> None:
         """Sum a CuPy array over the GPUs of the processes, in place and in the order of the current stream."""
         cuda = importlib.import_module("cupy.cuda")
-        try:
-            nccl = importlib.import_module("cupy.cuda.nccl")
-        except ImportError:
-            raise ParallelError("several GPUs need NCCL, which this CuPy does not find") from None
+        nccl = importlib.import_module("cupy.cuda.nccl")
+        if not nccl.available:
+            raise ParallelError("several GPUs need NCCL, which this CuPy does not find")
         kinds = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         if self._nccl is None:
             told = self._comm.bcast(nccl.get_unique_id() if self.rank == 0 else None)
