@@ -57,7 +57,7 @@ class Config:
         Of parameters, training data and evaluation data; each draws from a stream of its own.
     dtype : {"float32", "float64"}
     steps, batch, length : int
-        Updates, sequences per update, and steps per sequence.
+        Updates, sequences per update, and steps per sequence, or what the task counts as its length.
     curriculum : sequence of (step, length)
         From that step on, sequences of that length; before the first entry and without any, `length`.
     learning_rate, weight_decay, clip : float
@@ -109,7 +109,7 @@ class Config:
     baseline: bool = False
 
     def __post_init__(self) -> None:
-        # "S3" and "s3" are the same run.
+        # "S3" and "s3" are the same run, wherever it goes on: paths are whole ones.
         object.__setattr__(self, "task", _checked_task(self.task))
         _check_kinds(self)
         for name, least in _LEAST.items():
