@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -168,20 +169,21 @@ def _trained(options: argparse.Namespace, group: "training.Group") -> int:
 
     train.need_all("safetensors", "tqdm", "matplotlib")
     config, folder = group.first(lambda: _wanted(options))
-    train.build_model(config)
+    model = train.build_model(config)
+    held_config = train.baseline_of(config) if config.baseline else None
     outcome = train.run(
         config,
         folder.path,
         resume=options.resume is not None,
         minutes=options.minutes,
         quiet=options.quiet,
-        label="fixed point",
+        label="fixed point" if model.iterates else str(model.layer_options["kind"]),
         group=group,
     )
-    if config.baseline and outcome.reason != "interrupted":
+    if held_config is not None and outcome.reason != "interrupted":
         # The same updates on the same sequences, so that the iterations are all that differs.
         held = train.run(
-            train.baseline_of(config),
+            held_config,
             folder.baseline.path,
             resume=group.first(folder.baseline.holds_run),
             stop=outcome.step,
@@ -207,7 +209,7 @@ def _wanted(options: argparse.Namespace) -> "tuple[training.Config, training.Fol
     if options.resume is not None:
         return _resumed(options)
     config = _configured(options)
-    folder = train.Folder(options.out or Path("runs") / f"{config.task}-{options.preset}")
+    folder = train.Folder(options.out or Path("runs") / f"{_short(config.task)}-{options.preset}")
     folder.refuse_occupied()
     return config, folder
 
@@ -226,8 +228,16 @@ def _judged(options: argparse.Namespace, folder: "training.Folder", outcome: "tr
         _say_written(pictures)
 
 
+def _short(task: str) -> str:
+    """The name of a task as part of the name of a folder; of a file its stem."""
+    kind, colon, path = task.partition(":")
+    name = f"{kind}-{Path(path).stem}" if colon else task
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
 def _configured(options: argparse.Namespace) -> "training.Config":
     from fpnumba import train
+    from fpnumba.nn.model import PLAIN
 
     if options.task is None:
         raise UserError("argument TASK: missing; s3, for example (or --resume RUN)")
@@ -237,7 +247,7 @@ def _configured(options: argparse.Namespace) -> "training.Config":
         if getattr(options, option) is not None:
             changes[name] = getattr(options, option)
     model = dict(config.model)
-    for assignment in options.set or ():
+    for assignment in sorted(options.set or (), key=lambda one: not one.startswith("model.layer.kind=")):
         name, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"argument --set: {assignment!r} is not of the form NAME=VALUE")
@@ -247,6 +257,8 @@ def _configured(options: argparse.Namespace) -> "training.Config":
         if not dot:
             changes[name] = value
         elif part == "model":
+            if key == "layer.kind" and value in PLAIN:
+                model["layer"] = {}  # the preset's options are those of a fixed point
             _assign(model, key, value)
         else:
             raise UserError(
@@ -274,7 +286,7 @@ def _resumed(options: argparse.Namespace) -> "tuple[training.Config, training.Fo
     given = [f"--{name}" for name in (*_OVERRIDES, "out", "set") if getattr(options, name) is not None]
     if given:
         raise UserError(f"argument {given[0]}: a resumed run keeps its own configuration")
-    if options.task is not None and options.task.lower() != config.task:
+    if options.task is not None and config.replace(task=options.task).task != config.task:
         raise UserError(
             f"argument TASK: {options.task!r}, and the run in {folder.path} is of {config.task!r}"
         )
@@ -522,18 +534,20 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train a fixed-point RNN to track a group",
+        help="train a fixed-point RNN to track a group, or on another task",
         description=(
-            "Train a fixed-point RNN on the word problem of a group, judge it and draw the result. Ctrl-C or "
-            "SIGTERM finishes the step, leaves a checkpoint and says how to go on. Nothing is overwritten. "
-            "Under mpirun -n K, so many processes share every batch."
+            "Train a fixed-point RNN on the word problem of a group, or on another task, judge it and draw the "
+            "result. Ctrl-C or SIGTERM finishes the step, leaves a checkpoint and says how to go on. Nothing is "
+            "overwritten. Under mpirun -n K, so many processes share every batch."
         ),
         epilog=(
-            "TASK is a group: zN cyclic, sN symmetric, aN alternating, dN dihedral, q8, or factors joined by "
-            "x, such as s3xz2. Example: fpnumba train s3 --preset cpu --baseline"
+            "TASK is a group (zN cyclic, sN symmetric, aN alternating, dN dihedral, q8, or factors joined by "
+            "x, such as s3xz2), parity, parity-final, modN, modN-brackets, copy, text:FILE or babi:FOLDER, with "
+            "options behind it: copy,shortest=5,context=256. --set model.layer.kind=LSTM (or Mamba, FPMamba, "
+            "FPMamba2) trains another network. Example: fpnumba train s3 --preset cpu --baseline"
         ),
     )
-    train.add_argument("task", nargs="?", metavar="TASK", help="the group to track, such as s3")
+    train.add_argument("task", nargs="?", metavar="TASK", help="what to learn, such as s3")
     train.add_argument("--preset", default="cpu", metavar="NAME", help="sizes and schedule (default: cpu)")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="the new run (default: runs/TASK-PRESET)")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with that run, bitwise")

@@ -130,7 +130,7 @@ group = train.group()
 assert group.size == 2 and 0 <= group.local_rank < 2
 whole = np.arange(7)
 (mine,) = group.share(whole)
-targets = np.where(np.arange(len(mine)) % 2, -100, 3)           # 3 and 4 sequences, 2 and 2 targets that count
+targets = np.where(np.arange(len(mine)) % 2, -1, 3)           # 3 and 4 sequences, 2 and 2 targets that count
 if group.rank == 1:
     targets[:] = 3                                              # 2 and 4
 grads = {"a": np.full((2, 2), group.rank + 1.0), "b": np.full(3, group.rank, np.float32), "c": np.zeros(())}
@@ -141,7 +141,7 @@ assert np.allclose(grads["a"], 5 / 3) and grads["a"].shape == (2, 2) and grads["
 assert np.allclose(grads["b"], 2 / 3) and grads["b"].dtype == np.float32
 assert abs(row["loss"] - 2 / 3) < 1e-12 and row["iterations_max"] == 4 and type(row["iterations_max"]) is int
 # one process has nothing that counts, and its accuracy is no number
-nothing = np.full(len(mine), -100 if group.rank else 1)
+nothing = np.full(len(mine), -1 if group.rank else 1)
 assert group.mean({}, {"accuracy": float("nan") if group.rank else 0.5}, nothing)[1] == {"accuracy": 0.5}
 assert group.any(group.rank == 1, False) == (True, False)
 assert group.first(lambda: group.rank) == 0

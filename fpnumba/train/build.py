@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fpnumba import nn, tasks
-from fpnumba.tasks import WordProblem
+from fpnumba.tasks import Task
 from fpnumba.train import checkpoint as checkpoints
 from fpnumba.train.checkpoint import Arrays, Checkpoint, CheckpointError
 from fpnumba.train.config import Config, ConfigError
@@ -141,7 +141,7 @@ def load_checkpoint(
     return saved
 
 
-def load_run(folder: Folder) -> tuple[Config, WordProblem, nn.Model, Checkpoint]:
+def load_run(folder: Folder) -> tuple[Config, Task, nn.Model, Checkpoint]:
     """Configuration, task, model and verified checkpoint of a run."""
     config = folder.config()
     model = build_model(config)

@@ -60,7 +60,7 @@ class Config:
     precision : {"float32", "tf32", "bfloat16"}
         In which a GPU multiplies matrices (``fpnumba.gpu.use_precision``). A CPU knows float32 alone.
     steps, batch, length : int
-        Updates, sequences per update, and steps per sequence.
+        Updates, sequences per update, and steps per sequence, or what the task counts as its length.
     curriculum : sequence of (step, length)
         From that step on, sequences of that length; before the first entry and without any, `length`.
     iterations : int, dict or None
@@ -121,7 +121,7 @@ class Config:
     baseline: bool = False
 
     def __post_init__(self) -> None:
-        # "S3" and "s3" are the same run.
+        # "S3" and "s3" are the same run, wherever it goes on: paths are whole ones.
         object.__setattr__(self, "task", _checked_task(self.task))
         _check_kinds(self)
         for name, least in _LEAST.items():

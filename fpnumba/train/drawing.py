@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpnumba import tasks
 from fpnumba.train.extras import need
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision, and in print.
@@ -77,9 +78,16 @@ def written(target: Path, drawings: Sequence[Drawing]) -> list[Path]:
 
 
 def task_name(task: str) -> str:
-    """``s3xz2`` as people write it."""
+    """The group ``s3xz2`` as people write it, the name of a file, or else the name of the task."""
+    kind, colon, path = task.partition(":")
+    if colon:
+        return f"{kind}, {Path(path).name}"
+    try:
+        tasks.group(task)
+    except ValueError:
+        return task
     subscripts = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-    return " × ".join(factor.upper().translate(subscripts) for factor in task.split("x"))
+    return "Tracking the group " + " × ".join(f.upper().translate(subscripts) for f in task.split("x"))
 
 
 def length_axis(axes: Any, lengths: Sequence[int], trained: int | None = None) -> None:

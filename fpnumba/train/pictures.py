@@ -15,7 +15,7 @@ from fpnumba.train.drawing import (
     task_name,
     written,
 )
-from fpnumba.train.evaluation import read_evaluation
+from fpnumba.train.evaluation import chance_of, read_evaluation
 from fpnumba.train.folder import Folder
 
 
@@ -50,41 +50,47 @@ def plot(run: Path | str, *, out: Path | str | None = None) -> list[Path]:
 
 
 def draw_accuracy(figure: Any, judgement: dict[str, Any]) -> None:
-    """Two panels: token accuracy against length, and parallel iterations against length."""
-    left, right = figure.subplots(1, 2)
+    """Two panels: token accuracy against length, and parallel iterations against length if there are any."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for network in judgement["networks"]:
         by_kind.setdefault(network["kind"], []).append(network)
     (network,) = by_kind["network"]
     lengths = [result["length"] for result in network["results"]]
-    trained = judgement["trained_length"]
+    counted = [result["parallel"] for result in network["results"]]
+    panels = figure.subplots(1, 2 if any(counted) else 1, squeeze=False)[0]
+    left, trained = panels[0], judgement["trained_length"]
 
-    left.set_title(f"Tracking the group {task_name(judgement['task'])}: token accuracy")
-    series(left, lengths, [r["accuracy"] for r in network["results"]], NETWORK, "o", "fixed-point RNN")
+    label = "fixed-point RNN" if network["name"] == "fixed point" else network["name"]
+    left.set_title(f"{task_name(judgement['task'])}: token accuracy")
+    series(left, lengths, [r["accuracy"] for r in network["results"]], NETWORK, "o", label)
     for baseline in by_kind.get("baseline", []):
         accuracies = [r["accuracy"] for r in baseline["results"]]
         series(
             left, lengths, accuracies, BASELINE, "s", "the same, trained with one iteration: a diagonal RNN"
         )
     _cuts(left, [cut for cut in by_kind.get("cut", []) if cut["iterations"] > 1], trained)
-    chance = 1 / judgement["classes"]
-    left.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="guessing")
+    left.axhline(chance_of(judgement), color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="guessing")
     left.set_ylim(0, 1.06)
     left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
 
-    counted = [result["parallel"] for result in network["results"]]
-    right.set_title("Parallel iterations to the fixed point")
-    if all("iterations" in one for one in counted):
-        mean, most = ([one[key] for one in counted] for key in ("iterations", "iterations_max"))
-        series(right, lengths, mean, NETWORK, "o", "mean over sequences")
-        series(right, lengths, most, NETWORK, "^", "most of any sequence", dashed=True)
-    right.plot(lengths, lengths, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="one for every step")
-    right.set_ylim(bottom=0)
+    if len(panels) > 1:
+        _draw_iterations(panels[1], lengths, counted)
 
-    for axes in (left, right):
+    for axes in panels:
         length_axis(axes, lengths, trained)
         legend_below(axes)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.06)
+
+
+def _draw_iterations(axes: Any, lengths: list[int], counted: list[dict[str, Any]]) -> None:
+    """Parallel iterations against length."""
+    axes.set_title("Parallel iterations to the fixed point")
+    if all("iterations" in one for one in counted):
+        mean, most = ([one[key] for one in counted] for key in ("iterations", "iterations_max"))
+        series(axes, lengths, mean, NETWORK, "o", "mean over sequences")
+        series(axes, lengths, most, NETWORK, "^", "most of any sequence", dashed=True)
+    axes.plot(lengths, lengths, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="one for every step")
+    axes.set_ylim(bottom=0)
 
 
 def _cuts(axes: Any, cuts: list[dict[str, Any]], trained: int) -> None:
@@ -111,13 +117,14 @@ def draw_loss(figure: Any, folder: Folder) -> None:
     """Loss against step, the network and its baseline."""
     axes = figure.subplots()
     axes.set_title("Training loss")
-    axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy (nats per token)")
     runs = [(folder, NETWORK, "fixed-point RNN"), (folder.baseline, BASELINE, "held to one iteration")]
     for one, color, label in runs:
-        rows = [row for row in one.metrics() if row.get("kind") == "train"]
+        # zero where nothing was scored, which a logarithm has no place for
+        rows = [row for row in one.metrics() if row.get("kind") == "train" and row["loss"] > 0]
         if rows:
+            axes.set_yscale("log")
             axes.plot(
                 [r["step"] for r in rows], [r["loss"] for r in rows], color=color, label=label, linewidth=1.6
             )

@@ -19,7 +19,7 @@ from fpnumba.train.drawing import (
     task_name,
     written,
 )
-from fpnumba.train.evaluation import read_evaluation
+from fpnumba.train.evaluation import chance_of, read_evaluation
 from fpnumba.train.folder import Folder, RunError
 
 # What leaves the trained network as it is.
@@ -37,11 +37,12 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One network of a run: its results by length, and the seconds that its training took."""
+    """One network of a run: its results by length, the accuracy of guessing, and the seconds that its training took."""
 
     config: Config
+    name: str
     results: dict[int, dict[str, Any]]
-    classes: int
+    chance: float
     seconds: float | None
 
 
@@ -133,8 +134,13 @@ def gathered(folders: Sequence[Folder]) -> list[Series]:
             for network in judgement["networks"]:
                 if network["kind"] == kind:
                     results = {result["length"]: result for result in network["results"]}
-                    kinds[kind].append(Run(config, results, judgement["classes"], _seconds(where)))
+                    kinds[kind].append(
+                        Run(config, network["name"], results, chance_of(judgement), _seconds(where))
+                    )
     labels = _labels(list(options.values()))
+    if len(groups) == 1:
+        name = next(iter(groups.values()))["network"][0].name
+        labels = ["fixed-point RNN" if name == "fixed point" else name]
     series = []
     for k, (label, kinds) in enumerate(zip(labels, groups.values(), strict=True)):
         color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
@@ -164,8 +170,6 @@ def _flat(options: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 def _labels(options: list[dict[str, Any]]) -> list[str]:
     """What sets each configuration apart from the others."""
-    if len(options) == 1:
-        return ["fixed-point RNN"]
     names = sorted({name for one in options for name in one})
     differ = [name for name in names if len({json.dumps(one.get(name)) for one in options}) > 1]
     short = {name: name.rpartition(".")[2] for name in differ}
@@ -177,32 +181,32 @@ def _labels(options: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_lengths(figure: Any, found: list[Series]) -> None:
-    """Two panels: token accuracy and parallel iterations against length, medians within their ranges."""
-    left, right = figure.subplots(1, 2)
+    """Token accuracy and, if there are any, parallel iterations against length, medians within their ranges."""
+    iterate = [one for one in found if not one.baseline and one.spread("parallel", "iterations")[0]]
+    panels = figure.subplots(1, 2 if iterate else 1, squeeze=False)[0]
+    left = panels[0]
     tasks = {run.config.task for one in found for run in one.runs}
-    where = f"Tracking the group {task_name(*tasks)}: token" if len(tasks) == 1 else "Token"
-    left.set_title(f"{where} accuracy")
-    right.set_title("Parallel iterations to the fixed point")
+    left.set_title(f"{task_name(*tasks)}: token accuracy" if len(tasks) == 1 else "Token accuracy")
     for one in found:
         _band(left, one, "accuracy")
-        if not one.baseline:
-            _band(right, one, "parallel", "iterations")
     _chance(left, found)
     left.set_ylim(0, 1.06)
     left.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     lengths = sorted({length for one in found for run in one.runs for length in run.results})
-    right.plot(
-        lengths, lengths, color=GREY, linewidth=1.2, linestyle=(0, (6, 2, 1, 2)), label="one for every step"
-    )
-    right.set_ylim(bottom=0)
+    if iterate:
+        right = panels[1]
+        right.set_title("Parallel iterations to the fixed point")
+        for one in iterate:
+            _band(right, one, "parallel", "iterations")
+        dots = (0, (6, 2, 1, 2))
+        right.plot(lengths, lengths, color=GREY, linewidth=1.2, linestyle=dots, label="one for every step")
+        right.set_ylim(bottom=0)
     trained = {run.config.length for one in found for run in one.runs}
-    for axes in (left, right):
+    for axes in panels:
         length_axis(axes, _thinned(lengths), max(trained) if len(trained) == 1 else None)
     # One legend for both, since what is compared may need long names
     named = {
-        label: line
-        for axes in (left, right)
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
         named.values(), named.keys(), loc="outside lower left", fontsize=10, handlelength=2.4, ncols=1
@@ -256,9 +260,9 @@ def _band(axes: Any, one: Series, *keys: str) -> None:
 
 
 def _chance(axes: Any, found: list[Series]) -> None:
-    classes = {run.classes for one in found for run in one.runs}
-    if len(classes) == 1:
-        axes.axhline(1 / max(classes), color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="guessing")
+    chances = {run.chance for one in found for run in one.runs}
+    if len(chances) == 1:
+        axes.axhline(max(chances), color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), label="guessing")
 
 
 def _thinned(lengths: list[int]) -> list[int]:

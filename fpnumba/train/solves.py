@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fpnumba import nn
 from fpnumba.train.build import build_model, load_run, stream
 from fpnumba.train.checkpoint import write_atomically
 from fpnumba.train.config import ConfigError
@@ -35,6 +36,11 @@ def _positive(**numbers: int | None) -> None:
             raise ConfigError(f"{name}: {value} is not positive")
 
 
+def _refuse_plain(run: Path | str, model: nn.Model) -> None:
+    if not model.iterates:
+        raise RunError(f"run: {run} is of a network without a fixed point")
+
+
 def iteration_map(
     run: Path | str,
     *,
@@ -61,7 +67,7 @@ def iteration_map(
     Returns
     -------
     dict
-        ``length``, ``chunk``, ``rtol``, and ``layers``: a list of ``{iterations, residuals}``, the first
+        ``length``, ``steps``, ``chunk``, ``rtol``, and ``layers``: a list of ``{iterations, residuals}``, the first
         ``batch`` rows of a number for each chunk, the second (or None) a row of ``batch`` numbers for each iteration.
 
     Raises
@@ -72,17 +78,17 @@ def iteration_map(
         If a number is not positive, or the network cannot be solved so.
     """
     _positive(length=length, chunk=chunk, batch=batch)
-    config, task, _, saved = load_run(Folder(run))
+    config, task, model, saved = load_run(Folder(run))
+    _refuse_plain(run, model)
     length = max(config.eval_lengths) if length is None else length
-    chunk = -(-length // 16) if chunk is None else chunk
-    tokens, _ = task.sample(stream(config.seed, "evaluation", length), batch, length)
-    common = {**_OFF, "rtol": COUNT_RTOL, "max_iter": 16 * length}
+    tokens, _ = task.held_out.sample(stream(config.seed, "evaluation", length), batch, length)
+    steps = tokens.shape[1]  # what a task counts as length may be another number
+    chunk = -(-steps // 16) if chunk is None else chunk
+    common = {**_OFF, "rtol": COUNT_RTOL, "max_iter": 16 * steps}
 
     def solved(**way: Any) -> list[Any]:
         record: list[Any] = []
         build_model(config, **{**common, **way})(saved.params, tokens, record=record)
-        if not record:
-            raise RunError(f"run: {run} has no layer with a fixed point")
         return record
 
     chunked = solved(method="chunked", chunk=chunk)
@@ -94,7 +100,7 @@ def iteration_map(
         }
         for a, b in zip(chunked, whole, strict=True)
     ]
-    return {"length": length, "chunk": chunk, "rtol": COUNT_RTOL, "layers": layers}
+    return {"length": length, "steps": steps, "chunk": chunk, "rtol": COUNT_RTOL, "layers": layers}
 
 
 def compare_ways(
@@ -126,16 +132,18 @@ def compare_ways(
         If a number is not positive, or the network cannot be solved so.
     """
     _positive(batch=batch, **{"lengths": min(lengths)} if lengths else {})
-    config, task, _, saved = load_run(Folder(run))
+    config, task, model, saved = load_run(Folder(run))
+    _refuse_plain(run, model)
     lengths = sorted(set(config.eval_lengths if lengths is None else lengths))
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for length in lengths:
-        tokens, targets = task.sample(stream(config.seed, "evaluation", length), batch, length)
+        tokens, targets = task.held_out.sample(stream(config.seed, "evaluation", length), batch, length)
         reference: Any = None
         for way in WAYS:
             record: list[Any] = []
-            chunk = {"chunk": -(-length // 8)} if way == "chunked" else {}
-            options = {**_OFF, **chunk, "method": way, "max_iter": max(1000, 16 * length)}
+            steps = tokens.shape[1]
+            chunk = {"chunk": -(-steps // 8)} if way == "chunked" else {}
+            options = {**_OFF, **chunk, "method": way, "max_iter": max(1000, 16 * steps)}
             model = build_model(config, **options)
             logits = model(saved.params, tokens, record=record)
             reference = logits if reference is None else reference
@@ -217,7 +225,7 @@ def _with_numbers(target: Path, name: str, found: dict[str, Any], drawings: Sequ
 
 def draw_iterations(figure: Any, found: dict[str, Any]) -> None:
     """A panel for each layer: sequences upwards, time to the right, iterations in shades."""
-    layers, length, chunk = found["layers"], found["length"], found["chunk"]
+    layers, steps, chunk = found["layers"], found["steps"], found["chunk"]
     panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for k, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
         counts = np.array(layer["iterations"])
@@ -225,7 +233,7 @@ def draw_iterations(figure: Any, found: dict[str, Any]) -> None:
         which = f", layer {k + 1}" if len(layers) > 1 else ""
         axes.set_title(f"Iterations of each chunk of {chunk} step{'s' if chunk > 1 else ''}{which}")
         # The last chunk may be shorter than the others.
-        edges = np.minimum(np.arange(chunks + 1) * chunk, length)
+        edges = np.minimum(np.arange(chunks + 1) * chunk, steps)
         mesh = axes.pcolormesh(edges, np.arange(batch + 1), counts, cmap=SHADES, vmin=0)
         axes.grid(False)
         axes.set_xlabel("step of the sequence")
