@@ -250,7 +250,7 @@ def test_quiet_prints_the_table_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("task", ["mod5-brackets,shortest=3", "parity-final", "copy", "text:{}", "babi:{}"])
 def test_other_tasks(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a file.txt"
-    file.write_text("1 Mary went home.\n2 Where is Mary?\thome\t1\n" * 30)
+    file.write_text("1 Mary went home.\n2 Where is Mary?\thome\t1\n1 Jo left.\n2 Is Jo here?\tno\t1\n" * 30)
     task, run = task.format(file), tmp_path / "run"
     assert call("train", task, *ARGUMENTS, *SMALL, "--lengths", "4", "9", "--out", run, "--quiet") == 0
     out, _ = capsys.readouterr()
@@ -261,11 +261,7 @@ def test_other_tasks(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (result,) = [one for one in judged["networks"][0]["results"] if one["length"] == 9]
     assert 0 <= result["accuracy"] <= 1
     chance = judged["chance"]
-    assert result["scaled_accuracy"] == (
-        pytest.approx((result["accuracy"] - chance) / (1 - chance))
-        if chance < 1
-        else pytest.approx(0, nan_ok=True)
-    )
+    assert result["scaled_accuracy"] == pytest.approx((result["accuracy"] - chance) / (1 - chance))
     assert call("train", task, "--resume", run, "--quiet") == 0
     assert call("plot", run) == 0
 

@@ -157,6 +157,28 @@ def test_means_weigh_targets_and_errors_of_the_first_are_everybodys(mpirun: list
     assert done.stdout.count("told: run: nowhere holds no run") == 2
 
 
+DEVICES = """
+import cupy
+from fpnumba import train
+group = train.group()
+cupy.cuda.Device(group.local_rank).use()
+grads = {"a": cupy.full((2, 3), group.rank + 1.0), "b": cupy.full(5, group.rank, cupy.float32)}
+for _ in range(2):
+    found, row = group.mean(grads, {"loss": cupy.asarray(float(group.rank))}, cupy.zeros(2 + 2 * group.rank, int))
+    assert float(abs(found["a"] - 5 / 3).max()) < 1e-12 and found["a"].shape == (2, 3)
+    assert float(abs(found["b"] - 2 / 3).max()) < 1e-6 and found["b"].dtype == cupy.float32
+    assert abs(row["loss"] - 2 / 3) < 1e-12
+"""
+
+
+@pytest.mark.gpu
+def test_gradients_on_two_gpus_are_summed_by_nccl(mpirun: list[str]) -> None:
+    cupy = pytest.importorskip("cupy")
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    called([*mpirun, "-c", DEVICES])
+
+
 def test_a_mistake_is_said_once(mpirun: list[str], two: Path) -> None:
     done = called([*mpirun, "-m", "fpnumba", "train", "s3", *ARGUMENTS, "--out", str(two)], code=2)
     assert done.stderr.count("fpnumba: error: ") == 1

@@ -54,10 +54,9 @@ def _log_softmax(flat: Array, chosen: Array) -> tuple[Array, Array, Array]:
 
 
 def _mean_loss(log_likelihood: Array, counted: NDArray[np.bool_]) -> tuple[Any, Any]:
-    """The mean over what counts, zero if nothing does, and the share of one."""
-    share = 1.0 / np.maximum(counted.sum(), 1)
-    loss = -np.where(counted, log_likelihood, 0).sum(dtype=np.float64) * share
-    return loss, share
+    """The mean over what counts, zero if nothing does, and how many that are, at least one."""
+    number = np.maximum(counted.sum(), 1)
+    return -np.where(counted, log_likelihood, 0).sum(dtype=np.float64) / number, number
 
 
 def cross_entropy(logits: Array, targets: Targets, *, ignore: int = -100) -> float:
@@ -116,10 +115,9 @@ def cross_entropy_vjp(logits: Array, targets: Targets, *, ignore: int = -100) ->
     """
     flat, chosen, counted = _check(logits, targets, ignore)
     bar, total, log_likelihood = _log_softmax(flat, chosen)
-    loss, share = _mean_loss(log_likelihood, counted)
-    shares = np.where(counted, share, 0).astype(flat.dtype)
-    bar *= (shares / total)[:, None]
-    bar[namespace(bar).arange(len(bar)), chosen] -= shares
+    loss, number = _mean_loss(log_likelihood, counted)
+    bar *= (counted / (total * number.astype(flat.dtype)))[:, None]
+    bar[namespace(bar).arange(len(bar)), chosen] -= np.where(counted, (1.0 / number).astype(flat.dtype), 0)
     return _number(flat, loss), bar.reshape(logits.shape)
 
 

@@ -113,7 +113,7 @@ class MpiGroup(Group):
         for (name, value), told in zip(row.items(), everyone[:, 1:].T, strict=True):
             # What weighs nothing may be no number: the accuracy where nothing counts.
             mean = told.max() if name.endswith("_max") else np.dot(weights[weights > 0], told[weights > 0])
-            found[name] = type(value)(mean)
+            found[name] = int(mean) if isinstance(value, int) else float(mean)
         return self._summed(grads, float(weights[self.rank])), found
 
     def _summed(self, grads: Arrays, weight: float) -> Arrays:

@@ -129,4 +129,5 @@ def draw_loss(figure: Any, folder: Folder) -> None:
                 [r["step"] for r in rows], [r["loss"] for r in rows], color=color, label=label, linewidth=1.6
             )
     axes.set_xlim(left=0)
-    axes.legend(loc="best", fontsize=10)
+    if axes.lines:
+        axes.legend(loc="best", fontsize=10)

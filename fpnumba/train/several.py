@@ -175,7 +175,12 @@ def _labels(options: list[dict[str, Any]]) -> list[str]:
     short = {name: name.rpartition(".")[2] for name in differ}
     labels = []
     for one in options:
-        said = [f"{short[name]} {one[name]}" for name in differ if one.get(name) is not None]
+        said = [
+            # A network and a task have names that speak for themselves.
+            str(one[name]) if short[name] in ("kind", "task") else f"{short[name]} {one[name]}"
+            for name in differ
+            if one.get(name) is not None
+        ]
         labels.append(", ".join(said) or "the rest as it is")
     return [label if len(label) <= 70 else f"{label[:67]}..." for label in labels]
 

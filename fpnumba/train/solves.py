@@ -122,7 +122,7 @@ def compare_ways(
     dict
         ``batch``, ``dtype``, ``trained_length``, and ``ways``: a list of ``{way, results}`` with, for each length,
         ``accuracy``, ``difference`` (the largest of any logit from that of the sequential way), ``changed`` (share of
-        tokens whose prediction is another one) and ``unconverged`` (share of sequences).
+        scored tokens whose prediction is another one) and ``unconverged`` (share of sequences).
 
     Raises
     ------
@@ -147,14 +147,14 @@ def compare_ways(
             model = build_model(config, **options)
             logits = model(saved.params, tokens, record=record)
             reference = logits if reference is None else reference
-            best = logits.argmax(-1)
+            best = logits.argmax(-1)[targets >= 0]
             converged = [np.ravel(np.asarray(solution.converged)) for solution in record]
             results[way].append(
                 {
                     "length": length,
-                    "accuracy": float((best == targets)[targets >= 0].mean()),
+                    "accuracy": float(nn.accuracy(logits, targets)),
                     "difference": float(np.abs(logits - reference).max()),
-                    "changed": float((best != reference.argmax(-1)).mean()),
+                    "changed": float((best != reference.argmax(-1)[targets >= 0]).sum() / max(best.size, 1)),
                     "unconverged": float(1 - np.concatenate(converged).mean()) if converged else 0.0,
                 }
             )
