@@ -77,6 +77,27 @@ def test_several_processes_without_mpi4py_are_told(monkeypatch: pytest.MonkeyPat
         train.group()
 
 
+@pytest.mark.parametrize(("said", "threads"), [(None, 2), ("7", None)])
+def test_processes_of_a_machine_divide_its_cores(
+    said: str | None, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes on the cores of this one, and a fourth that is bound to others."""
+    import numba
+
+    class Local:
+        def allgather(self, mine: list[int]) -> list[list[int]]:
+            return [mine, mine, [-1], mine]
+
+    told: list[int] = []
+    monkeypatch.setattr(numba, "set_num_threads", told.append)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("NUMBA_NUM_THREADS", said)
+    parallel._share_cores(Local())
+    assert told == ([] if threads is None else [threads])
+
+
 class _Several(train.Group):
     size = 5
 
