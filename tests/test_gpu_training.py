@@ -32,7 +32,13 @@ def test_known_random_numbers() -> None:
 
 @pytest.mark.parametrize("identity_first", [False, True])
 def test_words_and_their_products(gpu_room: Room, identity_first: bool) -> None:
-    task, batch, steps, seed, step = tasks.get("a5", identity_first=identity_first), 300, 7, 12345678901, 2**33
+    task, batch, steps, seed, step = (
+        tasks.get("a5", identity_first=identity_first),
+        300,
+        7,
+        12345678901,
+        2**33,
+    )
     table, at = (gpu_room.give(a) for a in (task.group.table.astype(np.int32), np.full(1, step)))
     tokens, targets = (gpu_room.give(np.zeros((batch, steps), np.int64)) for _ in range(2))
     training.word_problem(table, seed, at, tokens, targets, identity_first=identity_first)

@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 # What a launcher tells the processes that it starts: how many there are (PMIx: only which one this is).
 _LAUNCHED = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK")
-# Targets that do not count, as in fpnumba.nn.cross_entropy.
-_IGNORED = -100
 # How long a process in trouble waits for the others to be in the same.
 PATIENCE = 5.0
 
@@ -106,7 +104,7 @@ class MpiGroup(Group):
 
     def mean(self, grads: Arrays, row: dict[str, Any], targets: Any) -> tuple[Arrays, dict[str, Any]]:
         """What one process would have found for the whole batch; see :meth:`Group.mean`."""
-        mine = np.array([int((targets != _IGNORED).sum()), *map(float, row.values())])
+        mine = np.array([int((targets >= 0).sum()), *map(float, row.values())])
         everyone = np.empty((self.size, len(mine)))
         self._comm.Allgather(mine, everyone)
         counts = everyone[:, 0]
