@@ -144,6 +144,8 @@ _OVERRIDES = {
     "length": "length",
     "lr": "learning_rate",
     "dtype": "dtype",
+    "device": "device",
+    "precision": "precision",
     "target": "target_accuracy",
     "baseline": "baseline",
     "lengths": "eval_lengths",
@@ -569,6 +571,8 @@ def _train_parser(commands: Any) -> None:
     train.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
     train.add_argument("--seed", type=int, metavar="N", help="of parameters and data")
     train.add_argument("--dtype", metavar="KIND", help="float32 or float64")
+    train.add_argument("--device", choices=("cpu", "gpu"), help="where to train (default: the preset's)")
+    train.add_argument("--precision", metavar="KIND", help="of a GPU's products: float32, tf32 or bfloat16")
     train.add_argument(
         "--set",
         action="append",

@@ -4,6 +4,7 @@ A layer of small matrices is a hundred launches, and takes as long as the host t
 as long as the device needs.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,10 @@ from fpnumba.gpu import _device, _recording
 
 # Memory that cuBLAS works in, as it asks for on a Hopper.
 WORKSPACE = 32 * 2**20
+
+
+class NotRecorded(RuntimeError):
+    """Work that cannot be recorded."""
 
 
 class Captured:
@@ -40,9 +45,9 @@ class Captured:
 def capture(function: Callable[[], Any]) -> Captured:
     """Record what a function does on the device.
 
-    The function runs twice: once for real, so that every kernel is compiled, and once to be recorded. What it reads it
-    has to find in the same arrays at every call, so new inputs are copied into old arrays; the arrays that it makes are
-    the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the sequential way,
+    The function runs twice: once for real, so that every kernel is compiled, and once only to be recorded. What it
+    reads it has to find in the same arrays at every call, so new inputs are copied into old arrays; the arrays that it
+    makes are the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the sequential way,
     and values of tokens and targets are not checked while they are recorded.
 
     Parameters
@@ -55,8 +60,8 @@ def capture(function: Callable[[], Any]) -> Captured:
 
     Raises
     ------
-    RuntimeError
-        If the function waits for the device, or asks for memory of the host.
+    NotRecorded
+        If the function waits for the device. A ``RuntimeError``; the first run has been made.
 
     Examples
     --------
@@ -82,7 +87,7 @@ def capture(function: Callable[[], Any]) -> Captured:
         except BaseException as error:
             _abandon(stream)
             if isinstance(error, cuda.runtime.CUDARuntimeError) and "Capture" in str(error):
-                raise RuntimeError(
+                raise NotRecorded(
                     "this work cannot be recorded, because it waits for the device: a solver needs "
                     "on_failure='ignore' and the sequential way"
                 ) from error
@@ -95,10 +100,8 @@ def capture(function: Callable[[], Any]) -> Captured:
 
 
 def _abandon(stream: Any) -> None:
-    try:
+    with contextlib.suppress(Exception):  # the recording was broken off already
         stream.end_capture()
-    except Exception:  # the recording was broken off already
-        pass
 
 
 class _Recorded:

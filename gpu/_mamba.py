@@ -62,7 +62,9 @@ class Layout(NamedTuple):
             "ACT": ACTS[self.act],
         }
         if name == "mamba_pull":
-            macros["RATES_SHARED"] = int(self.rates > 0)
+            macros |= {"RATES_SHARED": int(self.rates > 0), "RESIDENT": self.resident}
+        if name == "mamba_solve":
+            macros["RESIDENT"] = 1
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     @property
@@ -71,6 +73,11 @@ class Layout(NamedTuple):
         blocks."""
         count = (1 if self.heads else self.states) * self.channels * self.threads
         return count if count * self._real <= MOST_SHARED_RATES else 0
+
+    @property
+    def resident(self) -> int:
+        """Blocks of the adjoint on a multiprocessor."""
+        return 2 if self.rates else 1
 
     @property
     def _real(self) -> int:
@@ -307,7 +314,7 @@ class _Back:
 
     def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, (2 if one.rates else 1) * _device.multiprocessors())
+        self.blocks = min(batch, one.resident * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0

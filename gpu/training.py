@@ -144,21 +144,22 @@ class AdamW:
         self._pieces = xp.asarray(np.array(pieces, np.int64))
         self._decays = xp.asarray(np.array([decays[name] for name in params], np.int64))
         self._rates = xp.asarray(np.asarray(rates, np.float64))
-        self._addresses, self._grads = xp.zeros(len(params), np.int64), []
         self._found = xp.zeros(len(pieces), np.float64)
         self.norm = xp.zeros(1, np.float64)
 
     def update(self, grads: Mapping[str, Array], step: Array) -> None:
         """One step, the number `step` of which is on the device."""
         xp = _device.xp()
-        self._grads = [xp.ascontiguousarray(grads[name]) for name in self._names]  # as long as they are read
-        where = np.array([_device.address(g) for g in self._grads], np.int64)
-        _recording.afterwards(lambda: _put(self._addresses, where))
+        kept = [xp.ascontiguousarray(grads[name]) for name in self._names]
+        addresses = xp.zeros(len(kept), np.int64)
+        where = np.array([_device.address(g) for g in kept], np.int64)
+        # the gradients have to live as long as a recording does
+        _recording.afterwards(lambda kept=kept: _put(addresses, where))  # type: ignore[misc]
         blocks, dtype, shared = len(self._pieces), self._p.dtype, 8 * THREADS
-        arguments = (self._pieces, self._addresses, self._found)
+        arguments = (self._pieces, addresses, self._found)
         _device.launch(_kernel("squares", dtype), blocks, THREADS, arguments, shared=shared)
         state = (self._decays, self._rates, step, *self._numbers, self._p, self._m, self._v, self.norm)
-        arguments = (self._pieces, self._addresses, self._found, np.int64(blocks), *state)
+        arguments = (self._pieces, addresses, self._found, np.int64(blocks), *state)
         _device.launch(_kernel("adamw", dtype), blocks, THREADS, arguments, shared=shared)
 
     def state(self) -> dict[str, Array]:

@@ -385,7 +385,7 @@ class FPRNN(FixedPointLayer):
         before = contiguous(state["h"]).reshape(-1, inner)
         cell = self._cell(params, one(branches["mixer"]), one(lam), one(b * branches["x"]), before)
         found = self._sequential(cell, keep=False)
-        report("FPRNN.step", ways.lead_axes(found.solution, lead), self.solver.on_failure)
+        report("FPRNN.step", found.solution.reshaped(lead), self.solver.on_failure)
         h = found.h.reshape(*lead, inner)
 
         if self.short_conv is not None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.nn import ways
 from fpnumba.nn.activations import check
 from fpnumba.nn.backend import contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, part, rows
@@ -202,7 +201,7 @@ class FixedPointLayer(ABC):
         """Append to the record, and report what did not converge."""
         solver = self._solver()
         if record is not None or solver.on_failure != "ignore":
-            solution = ways.lead_axes(solution, lead)
+            solution = solution.reshaped(lead)
             if record is not None:
                 record.append(solution)
             report(type(self).__name__, solution, solver.on_failure, quantile=solver.quantile)

@@ -342,16 +342,3 @@ def pull_given(
     if arguments_bar is not None:
         bars.base = arguments_bar
     return bars, _reported(solved, way)
-
-
-def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:
-    """The same solution in the shape of the caller's leading axes."""
-    return replace(
-        solution,
-        value=solution.value.reshape(*lead, *solution.value.shape[1:]),
-        status=solution.status.reshape(lead),
-        iterations=solution.iterations.reshape(lead),
-        residual=solution.residual.reshape(lead),
-        chunk_iterations=solution.chunk_iterations.reshape(*lead, solution.chunk_iterations.shape[-1]),
-        history=None if solution.history is None else solution.history.reshape(len(solution.history), *lead),
-    )

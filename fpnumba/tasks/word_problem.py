@@ -67,9 +67,14 @@ class WordProblem(Same):
         """One element of them all."""
         return 1 / self.group.order
 
+    @property
+    def table(self) -> Tokens:
+        """``table[state, token]`` is the next state."""
+        return self.group.table if self.order == "right" else self.group.table.T
+
     def targets(self, tokens: Tokens) -> Tokens:
         """The running products of tokens (..., T); same shape, int64."""
-        table = self.group.table if self.order == "right" else self.group.table.T
+        table = self.table
         products = np.empty(tokens.shape, dtype=np.int64)
         state = np.zeros(tokens.shape[:-1], dtype=np.int64)
         for t in range(tokens.shape[-1]):

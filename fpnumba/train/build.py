@@ -109,6 +109,17 @@ def initial_params(config: Config, model: nn.Model) -> Arrays:
     return params
 
 
+def placed(config: Config, params: Arrays) -> Arrays:
+    """The parameters where the run computes: on its GPU, if it has one and there is one here."""
+    if config.device == "cpu":
+        return params
+    from fpnumba import gpu
+
+    if gpu.absent() is not None:
+        return params
+    return {name: gpu.xp().asarray(value) for name, value in params.items()}
+
+
 def load_checkpoint(
     folder: Folder, config: Config, params: Arrays, state: Arrays | None = None
 ) -> Checkpoint:

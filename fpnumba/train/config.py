@@ -36,6 +36,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 500,
         "eval_lengths": [4, 8, 16, 24, 32, 48, 64],
     },
+    # On a GPU; for word problems of groups that no diagonal network tracks.
+    "gpu": {
+        "model": {
+            "d_model": 256,
+            "layer": {"kind": "FPMamba", "d_state": 16, "mixer": "householder", "alpha_max": 1.0},
+        },
+        "device": "gpu",
+        "precision": "tf32",
+        "steps": 10000,
+        "batch": 512,
+        "learning_rate": 1e-3,
+        "warmup": 200,
+        "schedule": "cosine",
+        "log_every": 50,
+        "eval_every": 500,
+        "checkpoint_every": 1000,
+        "eval_lengths": [16, 32, 64, 128, 256],
+    },
 }
 
 
@@ -57,6 +75,8 @@ class Config:
         Of parameters, training data and evaluation data; each draws from a stream of its own.
     dtype : {"float32", "float64"}
         Of parameters and activations.
+    device : {"cpu", "gpu"}
+        Where to train. Numbers drawn, and so the run, differ between the two.
     precision : {"float32", "tf32", "bfloat16"}
         In which a GPU multiplies matrices (``fpnumba.gpu.use_precision``). A CPU knows float32 alone.
     steps, batch, length : int
@@ -100,6 +120,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
+    device: str = "cpu"
     precision: str = "float32"
     steps: int = 1000
     batch: int = 128
@@ -191,6 +212,7 @@ class Config:
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _CHOICES = {
+    "device": ("cpu", "gpu"),
     "dtype": ("float32", "float64"),
     "precision": ("float32", "tf32", "bfloat16"),
     "schedule": ("constant", "cosine"),

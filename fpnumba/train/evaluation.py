@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fpnumba import nn, tasks
+from fpnumba.arrays import namespace, to_numpy
 from fpnumba.tasks import Task
-from fpnumba.train.build import build_model, load_run, stream, with_solver
+from fpnumba.train.build import build_model, load_run, placed, stream, with_solver
 from fpnumba.train.checkpoint import Arrays, write_atomically
 from fpnumba.train.config import Config, ConfigError
 from fpnumba.train.folder import Folder, RunError, versions
@@ -56,8 +57,9 @@ def judge(
     tokens, targets = task.held_out.sample(stream(config.seed, "evaluation", length), batch, length)
     record: list[Any] = []
     size = max(1, _TOKENS // tokens.shape[1])
-    parts = [model(params, tokens[start : start + size], record=record) for start in range(0, batch, size)]
-    logits = np.concatenate(parts)
+    there = namespace(next(iter(params.values()))).asarray(tokens)
+    parts = [model(params, there[start : start + size], record=record) for start in range(0, batch, size)]
+    logits = np.concatenate([to_numpy(part) for part in parts])
     accuracy = float(nn.accuracy(logits, targets))
     scored = targets != tasks.UNSCORED
     last = np.where(scored, np.arange(targets.shape[1]), -1).max(axis=1)
@@ -126,17 +128,17 @@ def evaluate(
         results = [judge(network, params, task, config, length, batch) for length in lengths]
         return {"name": name, "kind": kind, "iterations": cut, "results": results}
 
-    name = "fixed point" if model.iterates else str(model.layer_options["kind"])
-    networks = [judged(name, "network", model, saved.params)]
+    name, params = "fixed point" if model.iterates else str(model.layer_options["kind"]), placed(config, saved.params)
+    networks = [judged(name, "network", model, params)]
     for result in networks[0]["results"]:
         at = result["length"]
-        result["parallel"] = count(config, saved.params, task, at) if model.iterates else {}
+        result["parallel"] = count(config, params, task, at) if model.iterates else {}
     if folder.baseline.holds_run():
         _, _, held, theirs = load_run(folder.baseline)
-        networks.append(judged("held to one iteration", "baseline", held, theirs.params, 1))
+        networks.append(judged("held to one iteration", "baseline", held, placed(config, theirs.params), 1))
     for cut in sorted(set(cuts)) if model.iterates else ():
         name = f"cut to {cut} iteration{'s' if cut > 1 else ''}"
-        networks.append(judged(name, "cut", build_model(config, **truncated(cut)), saved.params, cut))
+        networks.append(judged(name, "cut", build_model(config, **truncated(cut)), params, cut))
     judgement = {
         "format": FORMAT,
         "version": VERSION,
@@ -185,7 +187,7 @@ def count(config: Config, params: Arrays, task: Task, length: int) -> dict[str, 
     record: list[Any] = []
     model = build_model(config, **solver)
     tokens, _ = task.held_out.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
-    model(params, tokens, record=record)
+    model(params, namespace(next(iter(params.values()))).asarray(tokens), record=record)
     return {"rtol": COUNT_RTOL, "batch": COUNT_BATCH, **summary_of(record)}
 
 

@@ -25,11 +25,15 @@ from fpnumba.train.build import (
 )
 from fpnumba.train.checkpoint import Arrays, Checkpoint
 from fpnumba.train.config import Config, ConfigError
+from fpnumba.train.device import OnDevice
 from fpnumba.train.evaluation import judge, summary_of
 from fpnumba.train.extras import need
 from fpnumba.train.folder import Folder
 from fpnumba.train.parallel import ALONE, Group
 from fpnumba.train.threads import one_blas_thread
+
+# A GPU is let run ahead of what is told by so many steps at most.
+AT_ONCE = 256
 
 
 class TrainingError(RuntimeError):
@@ -134,14 +138,13 @@ def run(
     """
     folder = Folder(out)
     last = config.steps if stop is None else min(stop, config.steps)
-    if config.precision != "float32":
+    if config.device == "cpu" and config.precision != "float32":
         raise ConfigError(
             f"precision: {config.precision!r} is of a GPU; a CPU has float32 (and dtype float64)"
         )
     if config.batch < group.size:
         raise ConfigError(f"batch: {config.batch} sequences are too few for {group.size} processes")
     task, model, optimizer = tasks.get(config.task), build_model(config), build_optimizer(config)
-    model_at = training_models(config)
     params = initial_params(config, model)
     state = optimizer.init(params)
     before = Outcome(0, "interrupted", None, 0.0)
@@ -154,6 +157,11 @@ def run(
         if before.step >= last:
             return replace(before, reason="steps")
         group.first(lambda: folder.forget_metrics_after(saved.step))
+    work: Any
+    if config.device == "gpu":
+        work = OnDevice(config, task, optimizer, params, state, before.step, group)
+    else:
+        work = OnHost(config, task, optimizer, params, state, before.step, group)
     started = saved_at = time.perf_counter()
     step, accuracy, reason = before.step, before.accuracy, "steps"
 
@@ -162,7 +170,7 @@ def run(
         extra = {"reason": why, "accuracy": accuracy, "seconds": outcome.seconds}
         rng = {"derived_from": "seed and step", "seed": config.seed, "step": step}
         if group.rank == 0:
-            state_of_run = Checkpoint(params, state, step, config.to_dict(), rng, extra)
+            state_of_run = Checkpoint(*work.fetched(), step, config.to_dict(), rng, extra)
             checkpoints.save(folder.checkpoint_file, state_of_run)
         return outcome
 
@@ -181,23 +189,26 @@ def run(
         _Progress(before.step, last, quiet=quiet, label=label) as progress,
         open(folder.metrics_file if group.rank == 0 else os.devnull, "a", encoding="utf-8") as metrics,
     ):
+        told = step
         while step < last:
-            length = config.length_at(step)
-            whole = task.sample(stream(config.seed, "data", step), config.batch, length)
-            tokens, targets = group.share(*whole)
-            row, params, state = update(model_at(step), optimizer, params, state, tokens, targets, group)
+            work.advance(config.length_at(step))
             step += 1
-            if not math.isfinite(row["loss"]):
-                raise TrainingError(
-                    f"the loss at step {step} is {row['loss']}; a smaller learning_rate may help"
-                )
-            seconds = before.seconds + time.perf_counter() - started
-            row = {"step": step, "kind": "train", "length": length, **row, "seconds": round(seconds, 3)}
-            progress.step(row)
-            if step % config.log_every == 0 or step == last:
-                _write(metrics, row)
+            due_to_tell = step % config.log_every == 0 or step % config.eval_every == 0 or step == last
+            if config.device == "cpu" or due_to_tell or step - told >= AT_ONCE:
+                seconds = before.seconds + time.perf_counter() - started
+                for at, row in enumerate(work.rows(), told + 1):
+                    if not math.isfinite(row["loss"]):
+                        raise TrainingError(
+                            f"the loss at step {at} is {row['loss']}; a smaller learning_rate may help"
+                        )
+                    length = config.length_at(at - 1)
+                    row = {"step": at, "kind": "train", "length": length, **row, "seconds": round(seconds, 3)}
+                    progress.step(row)
+                    if at % config.log_every == 0 or at == last:
+                        _write(metrics, row)
+                told = step
             if step % config.eval_every == 0 or step == last:
-                judged = group.first(partial(judge, model, params, task, config, config.length))
+                judged = group.first(partial(judge, model, work.params, task, config, config.length))
                 accuracy = judged["accuracy"]
                 _write(metrics, {"step": step, "kind": "evaluation", **judged})
                 progress.evaluation(step, judged)
@@ -215,6 +226,45 @@ def run(
                 save("interrupted")
                 saved_at = time.perf_counter()
     return save(reason)
+
+
+class OnHost:
+    """The steps of a run on the CPU; what :class:`fpnumba.train.device.OnDevice` does on a GPU."""
+
+    def __init__(
+        self,
+        config: Config,
+        task: Any,
+        optimizer: Any,
+        params: Arrays,
+        state: Arrays,
+        step: int,
+        group: Group,
+    ) -> None:
+        self._config, self._task, self._optimizer, self._group = config, task, optimizer, group
+        self._model_at = training_models(config)
+        self.params, self._state, self._step = params, state, step
+        self._rows: list[dict[str, Any]] = []
+
+    def advance(self, length: int) -> None:
+        """Make the next update, on sequences of that length."""
+        config, step = self._config, self._step
+        whole = self._task.sample(stream(config.seed, "data", step), config.batch, length)
+        tokens, targets = self._group.share(*whole)
+        row, self.params, self._state = update(
+            self._model_at(step), self._optimizer, self.params, self._state, tokens, targets, self._group
+        )
+        self._rows.append(row)
+        self._step += 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the updates since the last call told."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def fetched(self) -> tuple[Arrays, Arrays]:
+        """Parameters and optimiser state."""
+        return self.params, self._state
 
 
 def update(

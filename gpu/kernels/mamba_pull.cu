@@ -8,7 +8,7 @@
 // of each u_i, and all inner products of them. Then the step is differentiated once, with z for the cotangent of y_t.
 //
 // Block k takes the sequences k, k + blocks, ... and adds up what all of them share; the cotangents of the rates in shared
-// memory if they are few enough that two blocks fit (ROOMY). Memory traffic: rows and u once, H_{t-1} and G twice (the
+// memory (RATES_SHARED) so that RESIDENT blocks fit a multiprocessor. Memory traffic: rows and u once, H_{t-1} and G twice (the
 // second time from the caches), the new G once.
 #include "mamba.cuh"
 
@@ -20,7 +20,7 @@ constexpr bool ROOMY = RATES_SHARED;
 // for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
 // (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
 // arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
-extern "C" __global__ void __launch_bounds__(THREADS, ROOMY ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
            const store* y, const store* y_bar, const store* more_bar, i64 batch, i64 steps, i64 t, int dim, int size,

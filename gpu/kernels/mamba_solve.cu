@@ -14,6 +14,8 @@ constexpr bool HOLD = CHANNELS * STATES * (int)sizeof(real) <= 128;
 constexpr real NEAR = (real)1e-3;
 // An iteration that goes back and forth, so many times without getting closer, is damped by half.
 constexpr int PATIENCE = 4;
+// With one number: so many iterations at most follow the map's shape.
+constexpr int BOLD = 24;
 
 struct Small {
   real e[R], f[R], pq[R], qq[PAIRS], G[R][R], pp, eps;
@@ -40,9 +42,24 @@ struct Small {
     }
     return inverse;
   }
-  // The derivative of `map` with RANK 1.
-  __device__ __forceinline__ real slope(real out, real tau, real inverse) const {
-    return G[0][0] * inverse - (MODE ? (out - f[0]) * inverse * inverse * (pq[0] + qq[0] * tau) : (real)0);
+  // With RANK 1: the derivative of `map`, (a + b tau) / var^(3/2), and where it is zero or its own derivative is.
+  __device__ __forceinline__ real slope(real tau, real inverse) const {
+    if (MODE == 0) return G[0][0];
+    const real a = G[0][0] * (pp + eps) - e[0] * pq[0], b = G[0][0] * pq[0] - e[0] * qq[0];
+    return (a + b * tau) * inverse * inverse * inverse;
+  }
+  __device__ __forceinline__ void turns(real (&tau)[3]) const {
+    tau[0] = tau[1] = tau[2] = 0;
+    if (MODE == 0) return;
+    const real var = pp + eps, a = G[0][0] * var - e[0] * pq[0], b = G[0][0] * pq[0] - e[0] * qq[0];
+    const real second = -2 * b * qq[0], first = -(b * pq[0] + 3 * a * qq[0]), none = b * var - 3 * a * pq[0];
+    const real inside = first * first - 4 * second * none;
+    if (b != 0) tau[0] = -a / b;
+    if (inside >= 0) {
+      const real z = (real)-0.5 * (first + (first < 0 ? -sqrt(inside) : sqrt(inside)));
+      if (second != 0) tau[1] = z / second;
+      if (z != 0) tau[2] = none / z;
+    }
   }
   // How far rounding alone may move what `map` gives.
   __device__ __forceinline__ real noise(const real (&tau)[R], real inverse) const {
@@ -69,6 +86,11 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
     for (int i = 0; i < R; ++i) shifted[i] = from[i] - xi[i];
     times(S, shifted, to);
   };
+  real bends[3] = {};
+  if (R == 1) {
+    of.turns(bends);
+    for (int k = 0; k < 3; ++k) bends[k] = S[0][0] != 0 && is_finite(bends[k]) ? bends[k] / S[0][0] + xi[0] : (real)0;
+  }
 #pragma unroll
   for (int i = 0; i < R; ++i) sigma[i] = 0;
   move(sigma, tau);
@@ -97,20 +119,35 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
       swings = 0;
     }
     if constexpr (R == 1) {
+      const real slope = of.slope(tau[0], inverse) * S[0][0], gap = 1 - slope, ahead = next[0] - sigma[0];
+      if (!done && slope >= 0 && count <= BOLD) {
+        // Where the map grows, its iterates go towards the nearest fixed point that way. Newton's step, or one to where the
+        // map bends or turns if that is nearer, passes it by no more than itself.
+        real far = slope < 1 ? magnitude(ahead) / gap : LARGEST;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          const real there = (bends[k] - sigma[0]) * (ahead > 0 ? (real)1 : (real)-1);
+          if (there > (real)1e-4 * larger(size, magnitude(bends[k])) && there < far) far = there;
+        }
+        if (far == LARGEST) far = magnitude(ahead);
+        sigma[0] += ahead > 0 ? far : -far;
+        move(sigma, tau);
+        inverse = of.map(tau, next);
+        known = false;
+        continue;
+      }
       // Newton's method, where the slope hardly changes on the way (Kantorovich: there is one solution nearby) and the
       // iteration would go there as well
-      const real gap = 1 - of.slope(next[0], tau[0], inverse) * S[0][0];
       if (!done && magnitude(1 - damping * gap) < 1) {
-        real jump[R] = {sigma[0] + (next[0] - sigma[0]) / gap}, there[R], reached[R];
+        real jump[R] = {sigma[0] + ahead / gap}, there[R], reached[R];
         move(jump, reached);
-        const real ahead = of.map(reached, there);
-        const real gap_there = 1 - of.slope(there[0], reached[0], ahead) * S[0][0];
-        if (magnitude(gap_there - gap) <= (real)0.25 * magnitude(gap) &&
+        const real then = of.map(reached, there), gap_there = 1 - of.slope(reached[0], then) * S[0][0];
+        if (magnitude(gap_there - gap) <= (real)0.5 * magnitude(gap) &&
             magnitude(there[0] - jump[0]) < (real)0.5 * moved) {
           sigma[0] = jump[0];
           next[0] = there[0];
           tau[0] = reached[0];
-          inverse = ahead;
+          inverse = then;
           known = false;
           continue;
         }
@@ -173,7 +210,7 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
 // arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
 // Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
