@@ -47,8 +47,8 @@ def capture(function: Callable[[], Any]) -> Captured:
 
     The function runs twice: once for real, so that every kernel is compiled, and once only to be recorded. What it
     reads it has to find in the same arrays at every call, so new inputs are copied into old arrays; the arrays that it
-    makes are the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the sequential way,
-    and values of tokens and targets are not checked while they are recorded.
+    makes are the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the
+    sequential way, and values of tokens and targets are not checked while they are recorded.
 
     Parameters
     ----------
@@ -61,7 +61,8 @@ def capture(function: Callable[[], Any]) -> Captured:
     Raises
     ------
     NotRecorded
-        If the function waits for the device. A ``RuntimeError``; the first run has been made.
+        If the function waits for the device, or copies from memory of the host. A ``RuntimeError``; the first run has
+        been made.
 
     Examples
     --------
@@ -93,10 +94,48 @@ def capture(function: Callable[[], Any]) -> Captured:
                 ) from error
             raise
         graph = stream.end_capture()
+        if _of_host(graph.graph):
+            raise NotRecorded("this work cannot be recorded, because it copies from or to memory of the host")
         for act in recording.afterwards:
             act()
         stream.synchronize()
     return Captured(graph, result, (pool, recording))
+
+
+# Of the driver: a node that copies; kinds of memory in the description of a copy, and where they stand in it.
+_COPY, _HOST, _UNIFIED, _ENDS, _SIZE = 1, 1, 4, ((32, 48), (120, 136)), 200
+_KIND_OF_POINTER = 2
+
+
+def _of_host(graph: int) -> bool:
+    """Whether a graph copies from or to memory of the host, which may be another's when it is launched."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name: str, *arguments: Any) -> None:
+        if getattr(driver, name)(*arguments):
+            raise RuntimeError(f"{name} of the driver failed")
+
+    count, kind = ctypes.c_size_t(), ctypes.c_int()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * max(count.value, 1))()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    for node in nodes[: count.value]:
+        at = ctypes.c_void_p(node)
+        call("cuGraphNodeGetType", at, ctypes.byref(kind))
+        if kind.value != _COPY:
+            continue
+        told = ctypes.create_string_buffer(_SIZE)
+        call("cuGraphMemcpyNodeGetParams", at, told)
+        for where, address in _ENDS:
+            memory = int.from_bytes(told.raw[where : where + 4], "little")
+            if memory == _UNIFIED:
+                pointer = ctypes.c_uint64(int.from_bytes(told.raw[address : address + 8], "little"))
+                found = ctypes.c_int(_HOST)
+                driver.cuPointerGetAttribute(ctypes.byref(found), _KIND_OF_POINTER, pointer)
+                memory = found.value
+            if memory == _HOST:
+                return True
+    return False
 
 
 def _abandon(stream: Any) -> None:

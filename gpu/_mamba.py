@@ -455,7 +455,7 @@ class Total:
 
         def along(name: str) -> Array:
             parts = [getattr(one, name) for one in steps]
-            return parts[0] if len(parts) == 1 or parts[0] is None else xp.concatenate(parts, axis=1)
+            return parts[0] if len(parts) == 1 or parts[0] is None else _device.joined(parts, 1)
 
         A, skip, weight, bias = self._sums
         params = _joined(s.kind, s.params, [one.params for one in steps])
@@ -477,7 +477,7 @@ def _joined(kind: Any, params: Any, parts: list[Any]) -> Any:
         return (sum(p[0] for p in parts[1:]) + parts[0][0],) if len(parts) > 1 else parts[0]
     if len(parts) == 1:
         return parts[0]
-    return tuple(_device.xp().concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return tuple(_device.joined(list(each), 1) for each in zip(*parts, strict=True))
 
 
 def representative() -> list[_device.Kernel]:

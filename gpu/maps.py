@@ -227,6 +227,9 @@ def rms_norm_vjp(x: Array, weight: Array, scale: Array, ybar: Array) -> tuple[Ar
     return scale[:, None] * (inner - normal * along), (ybar * normal).sum(0)
 
 
+joined = _device.joined
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.nn import backend
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
 from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved, step_bias
@@ -202,13 +203,13 @@ class FPMamba(MatrixStateLayer):
         dt, b, c = (contiguous(piece) for piece in np.split(projected, cuts, axis=-1))
 
         def pull(seen_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
-            projected_bar = rows(np.concatenate([bars["lambda"], bars["b"], bars["c"]], axis=-1))
+            projected_bar = rows(backend.joined([bars["lambda"], bars["b"], bars["c"]], axis=-1))
             grads: Params = {"x_proj.weight": product(projected_bar, rows(seen), transposed=(True, False))}
             seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            xz_bar = np.concatenate([rows(seen_bar), rows(z_bar)], axis=1)
+            xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
             grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = xz_bar.sum(0)
@@ -360,11 +361,11 @@ class FPMamba2(MatrixStateLayer):
 
         def pull(driven_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
             grads: Params = {}
-            seen_bar = np.concatenate([driven_bar, bars["b"], bars["c"]], axis=-1)
+            seen_bar = backend.joined([driven_bar, bars["b"], bars["c"]], axis=-1)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            whole_bar = rows(np.concatenate([z_bar, seen_bar, bars["lambda"]], axis=-1))
+            whole_bar = rows(backend.joined([z_bar, seen_bar, bars["lambda"]], axis=-1))
             grads["in_proj.weight"] = product(whole_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = whole_bar.sum(0)

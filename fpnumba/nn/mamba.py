@@ -140,13 +140,13 @@ class Mamba(PlainLayer):
             grads["dt_proj.bias"] = step_bar.sum(0)
             grads["dt_proj.weight"] = product(step_bar, rows(p), transposed=(True, False))
             p_bar = product(step_bar, params["dt_proj.weight"])
-            projected_bar = np.concatenate([p_bar, rows(B_bar), rows(C_bar)], axis=1)
+            projected_bar = backend.joined([p_bar, rows(B_bar), rows(C_bar)], axis=1)
             grads["x_proj.weight"] = product(projected_bar, rows(seen), transposed=(True, False))
             seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            xz_bar = np.concatenate([rows(seen_bar), rows(z_bar)], axis=1)
+            xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
             grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"], grads["out_proj.bias"] = xz_bar.sum(0), out_bar.sum(0)

@@ -137,7 +137,7 @@ class MatrixStateLayer(FixedPointLayer):
         if "lambda" in self.hidden:
             feedback["lambda"] = weight_of("dt_y_proj", self.weight_norm, params)
         parts = [feedback[name] for name in SEGMENTS if name in feedback]
-        stacked = contiguous(np.concatenate(parts)) if parts else None
+        stacked = contiguous(backend.joined(parts)) if parts else None
         w_z = weight_of("z_y_proj", self.weight_norm, params) if self.gate != "inside" else None
         return Folded(weights, feedback, stacked, fixed, w_z, self._rates(params))
 
@@ -198,7 +198,7 @@ class MatrixStateLayer(FixedPointLayer):
         )
         grads = under(grads, "mixer")
         if self._seen:
-            both = np.concatenate([fed[name] for name in self._seen])
+            both = backend.joined([fed[name] for name in self._seen])
             grads |= weight_vjp("bc_y_proj", self.weight_norm, params, both)
         if "lambda" in self.hidden:
             grads |= weight_vjp("dt_y_proj", self.weight_norm, params, fed["lambda"])
@@ -402,12 +402,12 @@ def convolved(
     """The short convolution after a window of earlier inputs, the next window, and the adjoint."""
     if conv is None or window is None:
         return x, None, None
-    past = np.concatenate([window, x], axis=1)
+    past = backend.joined([window, x], axis=1)
     y, pull = conv.vjp(params, past)
     width = window.shape[1]
 
     def pullback(y_bar: Array) -> tuple[Params, Array]:
-        whole = np.concatenate([np.zeros_like(window), y_bar], axis=1)
+        whole = backend.joined([np.zeros_like(window), y_bar], axis=1)
         grads, past_bar = pull(whole)
         return grads, past_bar[:, width:]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fpnumba.nn import AdamW, Model
+from fpnumba.nn.backend import joined
 from fpnumba.nn.optim import decays
 from fpnumba.tasks import WordProblem
 from fpnumba.train.build import stream, training_models
@@ -158,9 +159,7 @@ class OnDevice:
         return self._xp.asarray(solution.unfetched(name)).reshape(-1)
 
     def _joined(self, parts: list[Any], none: Any) -> Any:
-        if len(parts) < 2:
-            return parts[0] if parts else none
-        return self._xp.concatenate(parts)
+        return joined(parts) if len(parts) > 1 else parts[0] if parts else none
 
     def rows(self) -> list[dict[str, Any]]:
         """What the updates since the last call told; waits for them."""

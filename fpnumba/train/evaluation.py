@@ -128,7 +128,10 @@ def evaluate(
         results = [judge(network, params, task, config, length, batch) for length in lengths]
         return {"name": name, "kind": kind, "iterations": cut, "results": results}
 
-    name, params = "fixed point" if model.iterates else str(model.layer_options["kind"]), placed(config, saved.params)
+    name, params = (
+        "fixed point" if model.iterates else str(model.layer_options["kind"]),
+        placed(config, saved.params),
+    )
     networks = [judged(name, "network", model, params)]
     for result in networks[0]["results"]:
         at = result["length"]
