@@ -151,7 +151,7 @@ class AdamW:
         """One step, the number `step` of which is on the device."""
         xp = _device.xp()
         kept = [xp.ascontiguousarray(grads[name]) for name in self._names]
-        addresses = xp.zeros(len(kept), np.int64)
+        addresses = xp.empty(len(kept), np.int64)  # a recording would make zeros anew
         where = np.array([_device.address(g) for g in kept], np.int64)
         # the gradients have to live as long as a recording does
         _recording.afterwards(lambda kept=kept: _put(addresses, where))  # type: ignore[misc]
