@@ -136,4 +136,3 @@ class _Recorded:
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             self._blas.cublasDestroy_v2(self._handle)
-

@@ -126,42 +126,85 @@ def activate_vjp(kind: int, x: Any, ybar: Any, xbar: Any) -> None:
 
 
 @compiled
-def conv(x: Any, weight: Any, bias: Any, initial: Any, y: Any) -> None:
-    """Depthwise causal convolution ``y_t = bias + sum_k w_k x_{t-(W-1)+k}``.
-
-    ``x, y (B, T, C)``, ``weight (W, C)``, and ``initial (B, W-1, C)`` stands before the first step.
-    """
-    batch, steps, channels = x.shape
-    width = weight.shape[0]
-    for b in range(batch):
-        for t in range(steps):
-            for c in range(channels):
-                y[b, t, c] = bias[c]
-            for k in range(width):
-                source = t - (width - 1) + k
-                if source >= 0:
-                    for c in range(channels):
-                        y[b, t, c] += weight[k, c] * x[b, source, c]
-                else:
-                    for c in range(channels):
-                        y[b, t, c] += weight[k, c] * initial[b, source + width - 1, c]
+def gated(z: Any, y: Any, out: Any) -> None:
+    """``out = silu(z) * y`` over flat arrays."""
+    one = z.dtype.type(1.0)
+    for i in range(z.size):
+        out[i] = z[i] / (one + exponential(-z[i])) * y[i]
 
 
 @compiled
-def conv_vjp(x: Any, weight: Any, ybar: Any, xbar: Any, weight_bar: Any, bias_bar: Any) -> None:
-    """Cotangents of :func:`conv` with zeros before the first step; adds into arrays that start at zero."""
+def gated_vjp(z: Any, y: Any, bar: Any, zbar: Any, ybar: Any) -> None:
+    """Cotangents of :func:`gated`."""
+    one = z.dtype.type(1.0)
+    for i in range(z.size):
+        s = one / (one + exponential(-z[i]))
+        zbar[i] = bar[i] * y[i] * s * (one + z[i] * (one - s))
+        ybar[i] = bar[i] * (z[i] * s)
+
+
+@compiled
+def _convolve(x: Any, weight: Any, bias: Any, past: Any, b: int, t: int, inner: Any) -> None:
+    """``inner = bias + sum_k w_k x_{t-(W-1)+k}`` of one step; ``past`` stands before the first one."""
+    width, channels = weight.shape
+    for c in range(channels):
+        inner[c] = bias[c]
+    for k in range(width):
+        source = t - (width - 1) + k
+        if source >= 0:
+            for c in range(channels):
+                inner[c] += weight[k, c] * x[b, source, c]
+        else:
+            for c in range(channels):
+                inner[c] += weight[k, c] * past[b, source + width - 1, c]
+
+
+@compiled
+def conv(kind: int, x: Any, weight: Any, bias: Any, past: Any, y: Any) -> None:
+    """Depthwise causal convolution and activation, ``y_t = activation(bias + sum_k w_k x_{t-(W-1)+k})``.
+
+    ``x, y (B, T, C)``, ``weight (W, C)``, and ``past (B, W-1, C)`` stands before the first step.
+    """
     batch, steps, channels = x.shape
-    width = weight.shape[0]
+    inner = np.empty(channels, x.dtype)
     for b in range(batch):
         for t in range(steps):
+            _convolve(x, weight, bias, past, b, t, inner)
+            activate(kind, inner, y[b, t])
+
+
+@compiled
+def conv_vjp(
+    kind: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    past: Any,
+    ybar: Any,
+    xbar: Any,
+    weight_bar: Any,
+    bias_bar: Any,
+) -> None:
+    """Cotangents of :func:`conv`; adds into arrays that start at zero."""
+    batch, steps, channels = x.shape
+    width = weight.shape[0]
+    inner, bar = np.empty(channels, x.dtype), np.empty(channels, x.dtype)
+    for b in range(batch):
+        for t in range(steps):
+            if kind != IDENTITY:
+                _convolve(x, weight, bias, past, b, t, inner)
+            activate_vjp(kind, inner, ybar[b, t], bar)
             for c in range(channels):
-                bias_bar[c] += ybar[b, t, c]
+                bias_bar[c] += bar[c]
             for k in range(width):
                 source = t - (width - 1) + k
                 if source >= 0:
                     for c in range(channels):
-                        weight_bar[k, c] += ybar[b, t, c] * x[b, source, c]
-                        xbar[b, source, c] += ybar[b, t, c] * weight[k, c]
+                        weight_bar[k, c] += bar[c] * x[b, source, c]
+                        xbar[b, source, c] += bar[c] * weight[k, c]
+                else:
+                    for c in range(channels):
+                        weight_bar[k, c] += bar[c] * past[b, source + width - 1, c]
 
 
 @compiled
