@@ -136,3 +136,4 @@ class _Recorded:
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             self._blas.cublasDestroy_v2(self._handle)
+

@@ -9,7 +9,7 @@ from fpnumba.gpu._report import store
 
 Array = Any
 
-# Threads of a block, and how many of them lie side by side at most; in the sum of parts, so that enough blocks share it.
+# Threads of a block, and how many of them lie side by side at most; fewer in the sum of parts, for more blocks.
 THREADS, LANES, LANES_OF_PARTS = 256, 32, 8
 # Blocks that keep a multiprocessor busy, and rows that are worth a block.
 BUSY, WORTH = 8, 64
