@@ -108,7 +108,7 @@ def relax(
     return Solved(h, iterations, residual, status, iterations[:, None].copy()), trace
 
 
-def _kernels(h: Float) -> Any:
+def _kernels(h: Any) -> Any:
     """What does an iteration's arithmetic in one pass: `fpnumba.gpu.maps` on a device, nothing elsewhere."""
     if isinstance(h, np.ndarray) or h.dtype not in (np.float32, np.float64):
         return None

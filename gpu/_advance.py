@@ -43,9 +43,8 @@ def advance(h: Array, new: Array, damping: Array, published: bool) -> tuple[Arra
     sizes = np.int64(batch * steps), np.int64(steps), np.int32(dim), np.int32(published)
     arguments = (h, new, damping, after, numbers, *sizes)
     _device.launch(_kernel("advance", dtype, each), -(-batch * steps // ROWS), THREADS, arguments)
-    shared = 2 * ROWS * h.dtype.itemsize
-    arguments = (numbers, measures, np.int64(steps))
-    _device.launch(_kernel("advance_most", dtype, 1), batch, THREADS, arguments, shared=shared)
+    most, shared = _kernel("advance_most", dtype, 1), 2 * ROWS * h.dtype.itemsize
+    _device.launch(most, batch, THREADS, (numbers, measures, np.int64(steps)), shared=shared)
     return after, measures
 
 

@@ -322,7 +322,17 @@ class ShortConv:
     def vjp(
         self, params: Params, x: Array, *, record: Record = None, past: Array | None = None
     ) -> tuple[Array, Pullback]:
-        """Value and pullback; ``past (..., width - 1, channels)`` stands before the first step, a constant."""
+        """Value and pullback.
+
+        Parameters
+        ----------
+        params : dict of arrays
+        x : ndarray (..., T, channels)
+        record
+            Not looked at.
+        past : ndarray (..., width - 1, channels), optional
+            What stands before the first step, a constant of the gradient; zeros if left out.
+        """
         flat = contiguous(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
         taps, loops = contiguous(params["weight"][:, 0].T), backend.kernels(flat)
         before = None if past is None else contiguous(past).reshape(len(flat), *past.shape[-2:])

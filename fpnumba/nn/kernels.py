@@ -26,6 +26,8 @@ from fpnumba.cpu._jit import FASTMATH, _CacheFile
 F = TypeVar("F", bound=Callable[..., Any])
 
 IDENTITY, RELU, SILU, SIGMOID = range(4)
+# Numbers of a convolution on their way to its activation: they stay in the nearest cache.
+SPAN = 2048
 
 
 @cache
@@ -144,19 +146,20 @@ def gated_vjp(z: Any, y: Any, bar: Any, zbar: Any, ybar: Any) -> None:
 
 
 @compiled
-def _convolve(x: Any, weight: Any, bias: Any, past: Any, b: int, t: int, inner: Any) -> None:
-    """``inner = bias + sum_k w_k x_{t-(W-1)+k}`` of one step; ``past`` stands before the first one."""
+def _convolve(x: Any, weight: Any, bias: Any, past: Any, first: int, inner: Any) -> None:
+    """``inner = bias + sum_k w_k x_{t-(W-1)+k}`` of some steps of a sequence; ``past`` stands before the first."""
     width, channels = weight.shape
-    for c in range(channels):
-        inner[c] = bias[c]
-    for k in range(width):
-        source = t - (width - 1) + k
-        if source >= 0:
-            for c in range(channels):
-                inner[c] += weight[k, c] * x[b, source, c]
-        else:
-            for c in range(channels):
-                inner[c] += weight[k, c] * past[b, source + width - 1, c]
+    for i in range(len(inner)):
+        for c in range(channels):
+            inner[i, c] = bias[c]
+        for k in range(width):
+            source = first + i - (width - 1) + k
+            if source >= 0:
+                for c in range(channels):
+                    inner[i, c] += weight[k, c] * x[source, c]
+            else:
+                for c in range(channels):
+                    inner[i, c] += weight[k, c] * past[source + width - 1, c]
 
 
 @compiled
@@ -166,11 +169,13 @@ def conv(kind: int, x: Any, weight: Any, bias: Any, past: Any, y: Any) -> None:
     ``x, y (B, T, C)``, ``weight (W, C)``, and ``past (B, W-1, C)`` stands before the first step.
     """
     batch, steps, channels = x.shape
-    inner = np.empty(channels, x.dtype)
+    span = max(1, SPAN // max(channels, 1))
+    inner = np.empty((span, channels), x.dtype)
     for b in range(batch):
-        for t in range(steps):
-            _convolve(x, weight, bias, past, b, t, inner)
-            activate(kind, inner, y[b, t])
+        for first in range(0, steps, span):
+            count = min(span, steps - first)
+            _convolve(x[b], weight, bias, past[b], first, inner[:count])
+            activate(kind, inner[:count].reshape(-1), y[b, first : first + count].reshape(-1))
 
 
 @compiled
@@ -187,24 +192,27 @@ def conv_vjp(
 ) -> None:
     """Cotangents of :func:`conv`; adds into arrays that start at zero."""
     batch, steps, channels = x.shape
-    width = weight.shape[0]
-    inner, bar = np.empty(channels, x.dtype), np.empty(channels, x.dtype)
+    width, span = weight.shape[0], max(1, SPAN // max(channels, 1))
+    inner, bar = np.empty((span, channels), x.dtype), np.empty((span, channels), x.dtype)
     for b in range(batch):
-        for t in range(steps):
+        for first in range(0, steps, span):
+            count = min(span, steps - first)
             if kind != IDENTITY:
-                _convolve(x, weight, bias, past, b, t, inner)
-            activate_vjp(kind, inner, ybar[b, t], bar)
-            for c in range(channels):
-                bias_bar[c] += bar[c]
-            for k in range(width):
-                source = t - (width - 1) + k
-                if source >= 0:
-                    for c in range(channels):
-                        weight_bar[k, c] += bar[c] * x[b, source, c]
-                        xbar[b, source, c] += bar[c] * weight[k, c]
-                else:
-                    for c in range(channels):
-                        weight_bar[k, c] += bar[c] * past[b, source + width - 1, c]
+                _convolve(x[b], weight, bias, past[b], first, inner[:count])
+            outer = ybar[b, first : first + count]
+            activate_vjp(kind, inner[:count].reshape(-1), outer.reshape(-1), bar[:count].reshape(-1))
+            for i in range(count):
+                for c in range(channels):
+                    bias_bar[c] += bar[i, c]
+                for k in range(width):
+                    source = first + i - (width - 1) + k
+                    if source >= 0:
+                        for c in range(channels):
+                            weight_bar[k, c] += bar[i, c] * x[b, source, c]
+                            xbar[b, source, c] += bar[i, c] * weight[k, c]
+                    else:
+                        for c in range(channels):
+                            weight_bar[k, c] += bar[i, c] * past[b, source + width - 1, c]
 
 
 @compiled
