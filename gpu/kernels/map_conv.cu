@@ -58,7 +58,7 @@ template <int N> __device__ __forceinline__ void shift(real (&window)[N][EACH]) 
 }
 
 // x, y (B, T, C); past (B, W - 1, C) or null; taps (W, C); bias (C)
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 conv(const store* __restrict__ x, const store* __restrict__ past, const store* __restrict__ taps,
      const store* __restrict__ bias, store* __restrict__ y, i64 batch, i64 steps, int channels, int lanes, i64 stretches) {
   const Seat p(channels, lanes);
@@ -88,7 +88,7 @@ conv(const store* __restrict__ x, const store* __restrict__ past, const store* _
 }
 
 // y_bar, x_bar (B, T, C); of each worker the sums for taps and bias (workers, W + 1, C)
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 conv_vjp(const store* __restrict__ x, const store* __restrict__ past, const store* __restrict__ taps,
          const store* __restrict__ bias, const store* __restrict__ y_bar, store* __restrict__ x_bar,
          store* __restrict__ parts, i64 batch, i64 steps, int channels, int lanes, i64 stretches) {
