@@ -117,8 +117,10 @@ class Room:
         if self.name != "gpu":
             return {name: array.reshape(shape) for name, (array, shape) in told.items()}
         fetchers = _gpu().later(*(array for array, _ in told.values()))
-        shapes = (shape for _, shape in told.values())
-        return {name: Later(f, shape) for name, f, shape in zip(told, fetchers, shapes, strict=True)}
+        return {
+            name: Later(fetch, shape, array)
+            for (name, (array, shape)), fetch in zip(told.items(), fetchers, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Later:
 
     come: Callable[[], NDArray[Any]]
     shape: tuple[int, ...]
+    array: Any = None
 
     def fetch(self) -> NDArray[Any]:
         """The numbers; the device is waited for."""

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def _user_errors() -> Iterator[None]:
         yield
     except (train.CheckpointError, train.RunError, train.ConfigError, train.MissingExtra) as error:
         raise UserError(str(error)) from error
-    except train.WeightsError as error:
+    except (train.WeightsError, train.ParallelError) as error:
         raise UserError(str(error)) from error
     except train.TrainingError as error:
         raise Failure(str(error)) from error
@@ -143,6 +144,8 @@ _OVERRIDES = {
     "length": "length",
     "lr": "learning_rate",
     "dtype": "dtype",
+    "device": "device",
+    "precision": "precision",
     "target": "target_accuracy",
     "baseline": "baseline",
     "lengths": "eval_lengths",
@@ -153,51 +156,90 @@ def _train(options: argparse.Namespace) -> int:
     from fpnumba import train
 
     with _user_errors():
-        train.need_all("safetensors", "tqdm", "matplotlib")
-        if options.resume is not None:
-            config, folder = _resumed(options)
-        else:
-            config = _configured(options)
-            folder = train.Folder(options.out or Path("runs") / f"{config.task}-{options.preset}")
-            folder.refuse_occupied()
-        train.build_model(config)
-        outcome = train.run(
-            config,
-            folder.path,
-            resume=options.resume is not None,
-            minutes=options.minutes,
+        group = train.group()
+    try:
+        with _user_errors(), group.together():
+            return _trained(options, group)
+    except Exception:
+        if group.rank == 0:
+            raise
+        return 0  # what went wrong in all processes is said by the first
+
+
+def _trained(options: argparse.Namespace, group: "training.Group") -> int:
+    from fpnumba import train
+
+    train.need_all("safetensors", "tqdm", "matplotlib")
+    config, folder = group.first(lambda: _wanted(options))
+    model = train.build_model(config)
+    held_config = train.baseline_of(config) if config.baseline else None
+    outcome = train.run(
+        config,
+        folder.path,
+        resume=options.resume is not None,
+        minutes=options.minutes,
+        quiet=options.quiet,
+        label="fixed point" if model.iterates else str(model.layer_options["kind"]),
+        group=group,
+    )
+    if held_config is not None and outcome.reason != "interrupted":
+        # The same updates on the same sequences, so that the iterations are all that differs.
+        held = train.run(
+            held_config,
+            folder.baseline.path,
+            resume=group.first(folder.baseline.holds_run),
+            stop=outcome.step,
             quiet=options.quiet,
-            label="fixed point",
+            label="one iteration",
+            group=group,
         )
-        if config.baseline and outcome.reason != "interrupted":
-            # The same updates on the same sequences, so that the iterations are all that differs.
-            held = train.run(
-                train.baseline_of(config),
-                folder.baseline.path,
-                resume=folder.baseline.holds_run(),
-                stop=outcome.step,
-                quiet=options.quiet,
-                label="one iteration",
-            )
-            if held.reason == "interrupted":
-                outcome = held
-        if outcome.reason == "interrupted":
+        if held.reason == "interrupted":
+            outcome = held
+    if outcome.reason == "interrupted":
+        if group.rank == 0:
             where = f"at step {outcome.step}; go on with: fpnumba train --resume {folder.path}"
             print(f"fpnumba: interrupted {where}", file=sys.stderr)
-            return INTERRUPTED
-        if not options.quiet:
-            ends = {"steps": "all steps made", "target": "target accuracy reached", "minutes": "out of time"}
-            said = f"{ends[outcome.reason]}: step {outcome.step}, {outcome.seconds:.0f} s of training"
-            print(f"{said}\n", file=sys.stderr)
-        print(train.table(train.evaluate(folder.path)))
-        pictures = train.plot(folder.path)
-        if not options.quiet:
-            _say_written(pictures)
+        return INTERRUPTED
+    group.first(lambda: _judged(options, folder, outcome))
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> "tuple[training.Config, training.Folder]":
+    """What to train, and where."""
+    from fpnumba import train
+
+    if options.resume is not None:
+        return _resumed(options)
+    config = _configured(options)
+    folder = train.Folder(options.out or Path("runs") / f"{_short(config.task)}-{options.preset}")
+    folder.refuse_occupied()
+    return config, folder
+
+
+def _judged(options: argparse.Namespace, folder: "training.Folder", outcome: "training.Outcome") -> None:
+    """What is said and drawn at the end of training."""
+    from fpnumba import train
+
+    if not options.quiet:
+        ends = {"steps": "all steps made", "target": "target accuracy reached", "minutes": "out of time"}
+        said = f"{ends[outcome.reason]}: step {outcome.step}, {outcome.seconds:.0f} s of training"
+        print(f"{said}\n", file=sys.stderr)
+    print(train.table(train.evaluate(folder.path)))
+    pictures = train.plot(folder.path)
+    if not options.quiet:
+        _say_written(pictures)
+
+
+def _short(task: str) -> str:
+    """The name of a task as part of the name of a folder; of a file its stem."""
+    kind, colon, path = task.partition(":")
+    name = f"{kind}-{Path(path).stem}" if colon else task
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def _configured(options: argparse.Namespace) -> "training.Config":
     from fpnumba import train
+    from fpnumba.nn.model import PLAIN
 
     if options.task is None:
         raise UserError("argument TASK: missing; s3, for example (or --resume RUN)")
@@ -207,7 +249,7 @@ def _configured(options: argparse.Namespace) -> "training.Config":
         if getattr(options, option) is not None:
             changes[name] = getattr(options, option)
     model = dict(config.model)
-    for assignment in options.set or ():
+    for assignment in sorted(options.set or (), key=lambda one: not one.startswith("model.layer.kind=")):
         name, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"argument --set: {assignment!r} is not of the form NAME=VALUE")
@@ -217,6 +259,8 @@ def _configured(options: argparse.Namespace) -> "training.Config":
         if not dot:
             changes[name] = value
         elif part == "model":
+            if key == "layer.kind" and value in PLAIN:
+                model["layer"] = {}  # the preset's options are those of a fixed point
             _assign(model, key, value)
         else:
             raise UserError(
@@ -244,7 +288,7 @@ def _resumed(options: argparse.Namespace) -> "tuple[training.Config, training.Fo
     given = [f"--{name}" for name in (*_OVERRIDES, "out", "set") if getattr(options, name) is not None]
     if given:
         raise UserError(f"argument {given[0]}: a resumed run keeps its own configuration")
-    if options.task is not None and options.task.lower() != config.task:
+    if options.task is not None and config.replace(task=options.task).task != config.task:
         raise UserError(
             f"argument TASK: {options.task!r}, and the run in {folder.path} is of {config.task!r}"
         )
@@ -274,12 +318,44 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+# What `fpnumba plot` draws besides, and the options of each.
+_PLOTS = {
+    "one run": (),
+    "several runs": ("length",),
+    "iterations": ("length", "chunk", "batch", "history"),
+    "ways": ("lengths", "batch"),
+}
+
+
 def _plot(options: argparse.Namespace) -> int:
     from fpnumba import train
 
+    words: list[str] = options.run
+    what = "one run" if len(words) == 1 else "several runs"
+    # A run whose folder is called so is still a run.
+    if words[0] in ("iterations", "ways") and not train.Folder(words[0]).holds_run():
+        what, words = words[0], words[1:]
+        if len(words) != 1:
+            raise UserError(f"argument RUN: plot {what} draws one run, not {len(words)}")
+    given = {name: getattr(options, name) for name in ("length", "lengths", "chunk", "batch", "history")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in _PLOTS[what]:
+            of = [
+                f"plot {kind}" if " " not in kind else kind for kind, names in _PLOTS.items() if name in names
+            ]
+            raise UserError(f"argument --{name}: is an option of {' and of '.join(of)}")
     with _user_errors():
         train.need_all("matplotlib")
-        _say_written(train.plot(options.run, out=options.out))
+        if what == "one run":
+            written = train.plot(words[0], out=options.out)
+        elif what == "several runs":
+            written = train.compare(words, out=options.out, **given)
+        else:
+            train.need_all("safetensors")
+            draw = train.plot_iterations if what == "iterations" else train.plot_ways
+            written = draw(words[0], out=options.out, **given)
+        _say_written(written)
     return 0
 
 
@@ -389,15 +465,45 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser(
         "plot",
-        help="pictures of an evaluated run",
+        help="pictures of evaluated runs",
+        usage="fpnumba plot [iterations | ways] RUN [RUN ...] [options]",
         description=(
-            "Draw accuracy and iterations against length, and the loss, as PNG and SVG, from the newest "
-            "evaluation."
+            "Draw runs as PNG and SVG. One RUN: accuracy and iterations against length, and the loss, from the "
+            "newest evaluation. Several: the same against length, and accuracy at a longer length against the "
+            "time of training; runs that differ by the seed alone are one curve with its range. iterations RUN: "
+            "iterations of the trained network over batch and time. ways RUN: the fixed points that it has step "
+            "after step, chunk after chunk and all at once."
         ),
     )
-    plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    plot.add_argument("run", nargs="+", metavar="RUN", help="folder of a run")
     plot.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where the pictures go (default: into the run)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the pictures go (default: into the run; beside the first of several)",
+    )
+    plot.add_argument(
+        "--length",
+        type=_positive,
+        metavar="N",
+        help="iterations: of its sequences; several runs: at which time is compared (default: the longest)",
+    )
+    plot.add_argument(
+        "--lengths",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="ways: sequence lengths (default: the run's own)",
+    )
+    plot.add_argument(
+        "--chunk", type=_positive, metavar="N", help="iterations: steps of a chunk (default: length / 16)"
+    )
+    plot.add_argument("--batch", type=_positive, metavar="N", help="iterations, ways: number of sequences")
+    plot.add_argument(
+        "--history",
+        action="store_true",
+        default=None,
+        help="iterations: draw the residual after each iteration as well",
     )
     plot.set_defaults(command=_plot)
 
@@ -430,17 +536,20 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train a fixed-point RNN to track a group",
+        help="train a fixed-point RNN to track a group, or on another task",
         description=(
-            "Train a fixed-point RNN on the word problem of a group, judge it and draw the result. Ctrl-C "
-            "finishes the step, leaves a checkpoint and says how to go on. Nothing is overwritten."
+            "Train a fixed-point RNN on the word problem of a group, or on another task, judge it and draw the "
+            "result. Ctrl-C or SIGTERM finishes the step, leaves a checkpoint and says how to go on. Nothing is "
+            "overwritten. Under mpirun -n K, so many processes share every batch."
         ),
         epilog=(
-            "TASK is a group: zN cyclic, sN symmetric, aN alternating, dN dihedral, q8, or factors joined by "
-            "x, such as s3xz2. Example: fpnumba train s3 --preset cpu --baseline"
+            "TASK is a group (zN cyclic, sN symmetric, aN alternating, dN dihedral, q8, or factors joined by "
+            "x, such as s3xz2), parity, parity-final, modN, modN-brackets, copy, text:FILE or babi:FOLDER, with "
+            "options behind it: copy,shortest=5,context=256. --set model.layer.kind=LSTM (or Mamba, FPMamba, "
+            "FPMamba2) trains another network. Example: fpnumba train s3 --preset cpu --baseline"
         ),
     )
-    train.add_argument("task", nargs="?", metavar="TASK", help="the group to track, such as s3")
+    train.add_argument("task", nargs="?", metavar="TASK", help="what to learn, such as s3")
     train.add_argument("--preset", default="cpu", metavar="NAME", help="sizes and schedule (default: cpu)")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="the new run (default: runs/TASK-PRESET)")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with that run, bitwise")
@@ -462,6 +571,8 @@ def _train_parser(commands: Any) -> None:
     train.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
     train.add_argument("--seed", type=int, metavar="N", help="of parameters and data")
     train.add_argument("--dtype", metavar="KIND", help="float32 or float64")
+    train.add_argument("--device", choices=("cpu", "gpu"), help="where to train (default: the preset's)")
+    train.add_argument("--precision", metavar="KIND", help="of a GPU's products: float32, tf32 or bfloat16")
     train.add_argument(
         "--set",
         action="append",

@@ -5,7 +5,7 @@ Non-convergence is a status first, one for each sequence; a warning or an error 
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +176,33 @@ class Solution:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("value", "method", *_REPORTED)}
+
+    def unfetched(self, name: str) -> Any:
+        """A field as it lies on a device, or on the host if it is there; nothing waits."""
+        waiting = self.__dict__.get("_waiting", {})
+        return waiting[name].array if name in waiting else getattr(self, name)
+
+    def reshaped(self, lead: tuple[int, ...]) -> "Solution":
+        """The same in the shape of other leading axes; what has not been fetched stays so."""
+
+        def told(name: str, *tail: int) -> Any:
+            waiting = self.__dict__.get("_waiting", {})
+            if name in waiting:
+                return replace(waiting[name], shape=(*lead, *tail))
+            return getattr(self, name).reshape(*lead, *tail)
+
+        value, history = self.value, self.history
+        chunks = self.__dict__.get("_waiting", {}).get("chunk_iterations", None)
+        shape = self.chunk_iterations.shape if chunks is None else chunks.shape
+        return Solution(
+            value=value.reshape(*lead, *value.shape[1:]),
+            status=told("status"),
+            iterations=told("iterations"),
+            residual=told("residual"),
+            method=self.method,
+            chunk_iterations=told("chunk_iterations", shape[-1]),
+            history=None if history is None else history.reshape(len(history), *lead),
+        )
 
     @property
     def converged(self) -> NDArray[np.bool_]:

@@ -16,6 +16,7 @@ __all__ = [
     "ENGINES",
     "PRECISIONS",
     "Captured",
+    "NotRecorded",
     "absent",
     "capture",
     "engine",
@@ -28,9 +29,10 @@ __all__ = [
     "solve",
     "use_engine",
     "use_precision",
+    "xp",
 ]
 
-_DOORS = ("mamba", "maps", "mixers", "scan", "solve")
+_DOORS = ("mamba", "maps", "mixers", "scan", "solve", "training")
 
 
 def absent() -> str | None:
@@ -47,8 +49,15 @@ def absent() -> str | None:
     return _host.absent()
 
 
+def xp() -> Any:
+    """The array module of the room, CuPy; raises `ImportError` where it is missing."""
+    from fpnumba.gpu import _device
+
+    return _device.xp()
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Captured", "capture"):
+    if name in ("Captured", "NotRecorded", "capture"):
         from fpnumba.gpu import _capture
 
         return getattr(_capture, name)

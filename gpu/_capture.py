@@ -4,6 +4,7 @@ A layer of small matrices is a hundred launches, and takes as long as the host t
 as long as the device needs.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,10 @@ from fpnumba.gpu import _device, _recording
 
 # Memory that cuBLAS works in, as it asks for on a Hopper.
 WORKSPACE = 32 * 2**20
+
+
+class NotRecorded(RuntimeError):
+    """Work that cannot be recorded."""
 
 
 class Captured:
@@ -40,10 +45,10 @@ class Captured:
 def capture(function: Callable[[], Any]) -> Captured:
     """Record what a function does on the device.
 
-    The function runs twice: once for real, so that every kernel is compiled, and once to be recorded. What it reads it
-    has to find in the same arrays at every call, so new inputs are copied into old arrays; the arrays that it makes are
-    the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the sequential way,
-    and values of tokens and targets are not checked while they are recorded.
+    The function runs twice: once for real, so that every kernel is compiled, and once only to be recorded. What it
+    reads it has to find in the same arrays at every call, so new inputs are copied into old arrays; the arrays that it
+    makes are the recording's own. It may not wait for the device: solvers need ``on_failure="ignore"`` and the
+    sequential way, and values of tokens and targets are not checked while they are recorded.
 
     Parameters
     ----------
@@ -55,8 +60,9 @@ def capture(function: Callable[[], Any]) -> Captured:
 
     Raises
     ------
-    RuntimeError
-        If the function waits for the device, or asks for memory of the host.
+    NotRecorded
+        If the function waits for the device, or copies from memory of the host. A ``RuntimeError``; the first run has
+        been made.
 
     Examples
     --------
@@ -82,23 +88,59 @@ def capture(function: Callable[[], Any]) -> Captured:
         except BaseException as error:
             _abandon(stream)
             if isinstance(error, cuda.runtime.CUDARuntimeError) and "Capture" in str(error):
-                raise RuntimeError(
+                raise NotRecorded(
                     "this work cannot be recorded, because it waits for the device: a solver needs "
                     "on_failure='ignore' and the sequential way"
                 ) from error
             raise
         graph = stream.end_capture()
+        if _of_host(graph.graph):
+            raise NotRecorded("this work cannot be recorded, because it copies from or to memory of the host")
         for act in recording.afterwards:
             act()
         stream.synchronize()
     return Captured(graph, result, (pool, recording))
 
 
+# Of the driver: a node that copies; kinds of memory in the description of a copy, and where they stand in it.
+_COPY, _HOST, _UNIFIED, _ENDS, _SIZE = 1, 1, 4, ((32, 48), (120, 136)), 200
+_KIND_OF_POINTER = 2
+
+
+def _of_host(graph: int) -> bool:
+    """Whether a graph copies from or to memory of the host, which may be another's when it is launched."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name: str, *arguments: Any) -> None:
+        if getattr(driver, name)(*arguments):
+            raise RuntimeError(f"{name} of the driver failed")
+
+    count, kind = ctypes.c_size_t(), ctypes.c_int()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * max(count.value, 1))()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    for node in nodes[: count.value]:
+        at = ctypes.c_void_p(node)
+        call("cuGraphNodeGetType", at, ctypes.byref(kind))
+        if kind.value != _COPY:
+            continue
+        told = ctypes.create_string_buffer(_SIZE)
+        call("cuGraphMemcpyNodeGetParams", at, told)
+        for where, address in _ENDS:
+            memory = int.from_bytes(told.raw[where : where + 4], "little")
+            if memory == _UNIFIED:
+                pointer = ctypes.c_uint64(int.from_bytes(told.raw[address : address + 8], "little"))
+                found = ctypes.c_int(_HOST)
+                driver.cuPointerGetAttribute(ctypes.byref(found), _KIND_OF_POINTER, pointer)
+                memory = found.value
+            if memory == _HOST:
+                return True
+    return False
+
+
 def _abandon(stream: Any) -> None:
-    try:
+    with contextlib.suppress(Exception):  # the recording was broken off already
         stream.end_capture()
-    except Exception:  # the recording was broken off already
-        pass
 
 
 class _Recorded:
@@ -136,4 +178,3 @@ class _Recorded:
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             self._blas.cublasDestroy_v2(self._handle)
-

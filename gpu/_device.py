@@ -301,6 +301,20 @@ def matmul(a: Any, b: Any, out: Any = None) -> Any:
     return array.matmul(a, b, out=out)
 
 
+def joined(arrays: list[Any], axis: int) -> Any:
+    """The arrays after each other: as CuPy's ``concatenate``, which reads addresses from the host and so cannot be
+    recorded."""
+    first = arrays[0]
+    axis %= first.ndim
+    shape = list(first.shape)
+    shape[axis] = sum(a.shape[axis] for a in arrays)
+    found, at = xp().empty(shape, first.dtype), 0
+    for a in arrays:
+        found[(slice(None),) * axis + (slice(at, at + a.shape[axis]),)] = a
+        at += a.shape[axis]
+    return found
+
+
 # cuBLAS's names of a float32 and a float64, and of what is computed in
 _SINGLE, _DOUBLE = 0, 1
 _COMPUTE = {

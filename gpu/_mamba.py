@@ -20,8 +20,8 @@ Array = Any
 MOST_RANK, BLOCK = 8, 512
 # Numbers of the state's cotangents that a thread adds up in registers at most.
 MOST_HELD = 128
-# Blocks of the adjoint on a multiprocessor; each takes several sequences, and adds up what they share.
-BLOCKS_EACH = 1
+# Bytes of cotangents of the rates that are added up in shared memory, two blocks on a multiprocessor.
+MOST_SHARED_RATES = 80 * 1024
 
 
 # Activations by the numbers of the kernels.
@@ -61,13 +61,33 @@ class Layout(NamedTuple):
             "MADE": int(self.act is not None),
             "ACT": ACTS[self.act],
         }
+        if name == "mamba_pull":
+            macros |= {"RATES_SHARED": int(self.rates > 0), "RESIDENT": self.resident}
+        if name == "mamba_solve":
+            macros["RESIDENT"] = 1
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
+
+    @property
+    def rates(self) -> int:
+        """Numbers of shared memory for the cotangents of the rates; none where they would be too many for two
+        blocks."""
+        count = (1 if self.heads else self.states) * self.channels * self.threads
+        return count if count * self._real <= MOST_SHARED_RATES else 0
+
+    @property
+    def resident(self) -> int:
+        """Blocks of the adjoint on a multiprocessor."""
+        return 2 if self.rates else 1
+
+    @property
+    def _real(self) -> int:
+        return 8 if self.dtype == "float64" else 4
 
     def shared(self, more: int, *sums: int) -> int:
         """Bytes of shared memory: rows of B and C, `more` numbers, and rounds of so many sums."""
         warps = self.threads // 32
         each = [n if warps == 1 else 2 * n * warps for n in sums]
-        return (2 * self.states + more + sum(each)) * (8 if self.dtype == "float64" else 4)
+        return (2 * self.states + more + sum(each)) * self._real
 
 
 @lru_cache(256)
@@ -131,7 +151,8 @@ class Arguments(NamedTuple):
     Attributes
     ----------
     mixer : (B, T, D + 1) array
-        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike.
+        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike. What comes after is not
+        looked at, and its cotangent is zero.
     b, c : (B, T, N) arrays
     stacked : (width, D) array or None
         The linear maps of ``y_{t-1}``, of those that see it in this order: mixer, b, c.
@@ -155,15 +176,14 @@ class Arguments(NamedTuple):
     bc_eps: float | None
 
     @property
-    def places(self) -> tuple[np.int32, np.int32, np.int32, np.int32]:
-        """The width of what ``y_{t-1}`` says, and where in it each stands."""
+    def places(self) -> tuple[np.int32, ...]:
+        """The width of what ``y_{t-1}`` says and of `mixer`, and where in the former each stands."""
         at, width = [], 0
         for name, array in (("mixer", self.mixer), ("b", self.b), ("c", self.c)):
             seen = name in self.seen
             at.append(width if seen else -1)
             width += array.shape[2] if seen else 0
-        first, second, third = (np.int32(a) for a in at)
-        return np.int32(width), first, second, third
+        return tuple(np.int32(n) for n in (width, self.mixer.shape[2], *at))
 
     @property
     def numbers(self) -> tuple[np.float64, np.float64, np.float64]:
@@ -183,7 +203,7 @@ class Made(NamedTuple):
 
 
 # What stands in the place of arguments where parameters are given.
-_GIVEN = (None,) * 4 + (np.int32(0),) + (np.int32(-1),) * 3 + (np.float64(0),) * 3 + (None, None)
+_GIVEN = (None,) * 4 + (np.int32(0),) * 2 + (np.int32(-1),) * 3 + (np.float64(0),) * 3 + (None, None)
 
 
 class _Walk:
@@ -294,12 +314,12 @@ class _Back:
 
     def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, BLOCKS_EACH * _device.multiprocessors())
+        self.blocks = min(batch, one.resident * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
         sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 1
-        self._shared = one.shared(3 * one.rank, *sums)
+        self._shared = one.shared(3 * one.rank + one.rates, *sums)
         self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
         self._system, self._one = s, one
         self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
@@ -344,7 +364,7 @@ class _Back:
         )
 
 
-_NOT_MADE = (None, None, *(np.int32(0),), *(np.int32(-1),) * 3, *(np.float64(0),) * 3, None, None, None)
+_NOT_MADE = (None, None, *(np.int32(0),) * 2, *(np.int32(-1),) * 3, *(np.float64(0),) * 3, None, None, None)
 
 
 def pull(
@@ -435,7 +455,7 @@ class Total:
 
         def along(name: str) -> Array:
             parts = [getattr(one, name) for one in steps]
-            return parts[0] if len(parts) == 1 or parts[0] is None else xp.concatenate(parts, axis=1)
+            return parts[0] if len(parts) == 1 or parts[0] is None else _device.joined(parts, 1)
 
         A, skip, weight, bias = self._sums
         params = _joined(s.kind, s.params, [one.params for one in steps])
@@ -457,7 +477,7 @@ def _joined(kind: Any, params: Any, parts: list[Any]) -> Any:
         return (sum(p[0] for p in parts[1:]) + parts[0][0],) if len(parts) > 1 else parts[0]
     if len(parts) == 1:
         return parts[0]
-    return tuple(_device.xp().concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return tuple(_device.joined(list(each), 1) for each in zip(*parts, strict=True))
 
 
 def representative() -> list[_device.Kernel]:

@@ -25,8 +25,11 @@ __all__ = [
     "conv_vjp",
     "gated",
     "gated_vjp",
+    "joined",
     "kronecker_factor",
     "kronecker_factor_vjp",
+    "lstm_step",
+    "lstm_step_vjp",
     "monarch_block",
     "monarch_block_vjp",
     "normalize",
@@ -261,7 +264,37 @@ def monarch_block_vjp(p: Array, eps: float, blocks_bar: Array) -> Array:
     return xp.ascontiguousarray(upper_bar[:, *np.triu_indices(size)])
 
 
+joined = _device.joined
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def lstm_step(gates: Array, fed: Array, before: Array, c: Array, h: Array) -> None:
+    """One step of an LSTM; see `fpnumba.nn.loops`."""
+    xp, width = _device.xp(), c.shape[1]
+    gates += fed
+    i, f, g, o = (gates[:, k * width : (k + 1) * width] for k in range(4))
+    for gate in (i, f, o):
+        gate[:] = (xp.tanh(gate / 2) + 1) / 2
+    g[:] = xp.tanh(g)
+    c[:] = f * before + i * g
+    h[:] = o * xp.tanh(c)
+
+
+def lstm_step_vjp(
+    gates: Array, before: Array, c: Array, h_bar: Array, fed_bar: Array, c_bar: Array, raw_bar: Array
+) -> None:
+    """Cotangents of :func:`lstm_step`; see `fpnumba.nn.loops`."""
+    xp, width = _device.xp(), c.shape[1]
+    i, f, g, o = (gates[:, k * width : (k + 1) * width] for k in range(4))
+    squashed, out = xp.tanh(c), h_bar + fed_bar
+    cell = c_bar + out * o * (1 - squashed * squashed)
+    raw_bar[:, :width] = cell * g * i * (1 - i)
+    raw_bar[:, width : 2 * width] = cell * before * f * (1 - f)
+    raw_bar[:, 2 * width : 3 * width] = cell * i * (1 - g * g)
+    raw_bar[:, 3 * width :] = out * squashed * o * (1 - o)
+    c_bar[:] = cell * f
 
 
 def scatter_rows(indices: Array, rows: Array, count: int) -> Array:

@@ -135,6 +135,14 @@ def test_info_describes_a_device() -> None:
         (["trane"], "invalid choice: 'trane'"),
         (["train"], "argument TASK: missing"),
         (["train", "s33x"], "task: unknown group 's33x'; did you mean"),
+        (["train", "coppy"], "task: unknown task 'coppy'; did you mean copy?"),
+        (["train", "copy,size=3"], "task: Copy has no option 'size'"),
+        (["train", "text:nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["train", "s3", "--set", "model.layer.kind=GRU"], "model: kind of the layer must be one of 'FPRNN'"),
+        (
+            ["train", "s3", "--set", "model.layer.kind=LSTM", "--baseline"],
+            "baseline: a layer of kind 'LSTM' has no iteration to hold to one",
+        ),
         (["train", "s3", "--preset", "gpu9"], "preset: unknown preset 'gpu9'"),
         (["train", "s3", "--steps", "0"], "argument --steps: '0' is no positive whole number"),
         (["train", "s3", "--steps", "many"], "argument --steps: 'many' is no positive whole number"),
@@ -237,6 +245,43 @@ def test_quiet_prints_the_table_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "guessing" in out
     assert "held to one iteration" not in out
     assert err.splitlines() == []
+
+
+@pytest.mark.parametrize("task", ["mod5-brackets,shortest=3", "parity-final", "copy", "text:{}", "babi:{}"])
+def test_other_tasks(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a file.txt"
+    file.write_text("1 Mary went home.\n2 Where is Mary?\thome\t1\n1 Jo left.\n2 Is Jo here?\tno\t1\n" * 30)
+    task, run = task.format(file), tmp_path / "run"
+    assert call("train", task, *ARGUMENTS, *SMALL, "--lengths", "4", "9", "--out", run, "--quiet") == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith(f"{task}: trained for 6 steps at length 4")
+    for row in ("fixed point", "its last token alone", "scaled past guessing", "guessing"):
+        assert row in out
+    judged = json.loads((run / "evaluation.json").read_text())
+    (result,) = [one for one in judged["networks"][0]["results"] if one["length"] == 9]
+    assert 0 <= result["accuracy"] <= 1
+    chance = judged["chance"]
+    assert result["scaled_accuracy"] == pytest.approx((result["accuracy"] - chance) / (1 - chance))
+    assert call("train", task, "--resume", run, "--quiet") == 0
+    assert call("plot", run) == 0
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "Mamba"])
+def test_networks_without_a_fixed_point(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--set", "model.layer.d_inner=5", "--set", f"model.layer.kind={kind}"]
+    assert call("train", "mod5,shortest=none", *ARGUMENTS, *SMALL, *options) == 0
+    out, err = capsys.readouterr()
+    assert f"{kind}: " in err
+    assert len([line for line in out.splitlines() if line.startswith(kind)]) == 1
+    for absent in ("fixed point", "iterations", "cut to"):
+        assert absent not in out
+    run = Path("runs") / "mod5-shortest-none-tiny"
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["model"]["layer"] == {"kind": kind, "d_inner": 5}
+    assert (run / "accuracy.png").exists()
 
 
 def test_evaluate_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

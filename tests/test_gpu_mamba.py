@@ -202,9 +202,8 @@ def test_parameters_made_on_the_way(gpu_room: Room, seen: tuple[str, ...], rng: 
         u /= np.linalg.norm(u, axis=1, keepdims=True)
         alpha = 0.9 / (1 + np.exp(-parts["mixer"][:, -1:]))
         b, c = (parts[n] / np.linalg.norm(parts[n], axis=1, keepdims=True) for n in "bc")
-        step = mamba.at_step(system, t)._replace(
-            params=(u[:, None, None], alpha[:, None]), B=b[:, None], C=c[:, None]
-        )
+        now = {n: getattr(system, n)[:, t : t + 1] for n in ("x", "delta", "gate")}
+        step = system._replace(params=(u[:, None, None], alpha[:, None]), B=b[:, None], C=c[:, None], **now)
         found = plain.solve(step, state, rtol=1e-13)
         np.testing.assert_allclose(gpu_room.get(y)[:, t], found.value[:, 0], rtol=0, atol=1e-10)
         np.testing.assert_allclose(gpu_room.get(kept.system.params[0])[:, t, 0], u, rtol=0, atol=1e-12)

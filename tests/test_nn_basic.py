@@ -145,6 +145,24 @@ def test_cross_entropy(rng):
     assert nn.accuracy(logits, targets) == pytest.approx(right)
 
 
+def test_targets_that_are_not_scored(rng):
+    logits, targets = rng.standard_normal((2, 3, 4)), rng.integers(0, 4, (2, 3))
+    left_out = rng.random((2, 3)) < 0.5
+    left_out[0, 0], left_out[0, 1] = True, False
+    masked = np.where(left_out, -1, targets)
+    logits[0, 0] = np.nan  # nobody looks there
+    loss, bar = nn.cross_entropy_vjp(logits, masked)
+    short_loss, short_bar = nn.cross_entropy_vjp(logits[~left_out], targets[~left_out])
+    assert loss == nn.cross_entropy(logits, masked) == pytest.approx(short_loss, rel=1e-13)
+    np.testing.assert_allclose(bar[~left_out], short_bar, rtol=1e-13)
+    assert not bar[left_out][1:].any()
+    right = (logits.argmax(-1) == targets)[~left_out]
+    assert nn.accuracy(logits, masked) == pytest.approx(right.mean())
+    # beside a value of the caller's
+    both = np.where(masked == 2, -100, masked)
+    assert nn.cross_entropy(logits, both) == nn.cross_entropy(logits, masked, ignore=2)
+
+
 def test_losses_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"targets must have shape \(2,\)"):
         nn.cross_entropy(np.zeros((2, 3)), np.zeros(3, int))

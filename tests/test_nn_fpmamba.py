@@ -235,7 +235,7 @@ def test_models_of_several_layers(rng):
                 np.testing.assert_allclose(now, logits[:, t], rtol=0, atol=1e-6)
         assert sorted(bars) == sorted(params)
     with pytest.raises(ValueError, match="kind of the layer"):
-        nn.Model(5, d_model=8, layer={"kind": "LSTM"})
+        nn.Model(5, d_model=8, layer={"kind": "GRU"})
 
 
 def test_diagnostics_of_the_one_step_gradient(rng):

@@ -57,6 +57,39 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert timeless(train.Folder(one)) == timeless(train.Folder(other))
 
 
+class Known:
+    """A task whose answers are the tokens, every second one scored, the last one of odd sequences not."""
+
+    name, vocab, vocab_out, chance = "known", 3, 3, 1 / 3
+
+    @property
+    def held_out(self) -> "Known":
+        return self
+
+    def sample(self, rng: np.random.Generator, batch: int, length: int) -> Any:
+        tokens = rng.integers(3, size=(batch, length))
+        tokens[:, 1] = 0
+        targets = np.where(np.arange(length) % 2 == 1, tokens, tasks.UNSCORED)
+        targets[0] = tasks.UNSCORED
+        return tokens, targets
+
+
+def test_judgement_is_of_scored_positions_alone() -> None:
+    def zero(params: Any, tokens: Any, record: Any) -> Any:
+        return np.eye(3)[np.zeros_like(tokens)]
+
+    task = Known()
+    judged = judge(zero, {}, task, tiny(), 5, 40)  # type: ignore[arg-type]
+    _, targets = task.sample(stream(0, "evaluation", 5), 40, 5)
+    wanted = (targets[1:, [1, 3]] == 0).mean()
+    assert judged["accuracy"] == pytest.approx(wanted)
+    assert judged["scaled_accuracy"] == pytest.approx((wanted - 1 / 3) / (2 / 3))
+    assert judged["last_accuracy"] == pytest.approx((targets[1:, 3] == 0).mean())
+    nothing = judge(zero, {}, task, tiny(), 5, 1)  # type: ignore[arg-type]
+    assert np.isnan(nothing["accuracy"])
+    assert nothing["loss"] == 0
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from beginning to end."""
@@ -210,8 +243,8 @@ def test_stops_when_time_is_up_and_goes_on(whole: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update = loop.update
 
-    def broken(model: Any, optimizer: Any, params: Any, state: Any, tokens: Any, targets: Any) -> Any:
-        row, params, state = update(model, optimizer, params, state, tokens, targets)
+    def broken(*args: Any) -> Any:
+        row, params, state = update(*args)
         return ({**row, "loss": float("nan")} if int(state["step"]) == 6 else row), params, state
 
     monkeypatch.setattr(loop, "update", broken)

@@ -6,12 +6,15 @@ from fpnumba.nn.diagnostics import GradientDiagnostics, gradient_diagnostics
 from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
 from fpnumba.nn.losses import accuracy, cross_entropy, cross_entropy_vjp
+from fpnumba.nn.lstm import LSTM
+from fpnumba.nn.mamba import Mamba
 from fpnumba.nn.model import Model
 from fpnumba.nn.official import from_official
 from fpnumba.nn.optim import AdamW, global_norm
 
 __all__ = [
     "FPRNN",
+    "LSTM",
     "AdamW",
     "Embedding",
     "FPMamba",
@@ -19,6 +22,7 @@ __all__ = [
     "GradientDiagnostics",
     "LayerNorm",
     "Linear",
+    "Mamba",
     "Model",
     "RMSNorm",
     "ShortConv",

@@ -6,6 +6,7 @@ too many passes, has a door here: compiled loops for NumPy's arrays, `fpnumba.gp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,14 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 def ones(shape: tuple[int, ...], like: Array) -> Array:
     """The same, of ones."""
     found: Array = namespace(like).ones(shape, like.dtype)
+    return found
+
+
+def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """The arrays after each other along an axis, C-contiguous."""
+    if on_host(arrays[0]):
+        return np.concatenate(arrays, axis=axis)
+    found: Array = kernels(arrays[0]).joined(list(arrays), axis)
     return found
 
 

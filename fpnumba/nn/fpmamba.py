@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.nn import backend
 from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
-from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved
+from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved, step_bias
 from fpnumba.nn.matrix_state import MatrixBars, Steps
 from fpnumba.reference.mamba import Norm
 from fpnumba.solve import Adjoint, Solver
@@ -152,7 +153,7 @@ class FPMamba(MatrixStateLayer):
             params["in_proj.bias"] = np.zeros(2 * inner, dtype)
         params["x_proj.weight"] = uniform(rng, (self.dt_rank + 2 * size, inner), inner, dtype)
         params["dt_proj.weight"] = uniform(rng, (inner, self.dt_rank), self.dt_rank, dtype)
-        params["dt_proj.bias"] = self._step_bias(rng, inner, dtype)
+        params["dt_proj.bias"] = step_bias(rng, inner, dtype)
         params["A_log"] = np.log(np.broadcast_to(np.arange(1.0, size + 1), (inner, size))).astype(dtype)
         params["D"] = np.ones(inner, dtype)
         params["out_norm.weight"], params["out_norm.bias"] = np.ones(inner, dtype), np.zeros(inner, dtype)
@@ -202,13 +203,13 @@ class FPMamba(MatrixStateLayer):
         dt, b, c = (contiguous(piece) for piece in np.split(projected, cuts, axis=-1))
 
         def pull(seen_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
-            projected_bar = rows(np.concatenate([bars["lambda"], bars["b"], bars["c"]], axis=-1))
+            projected_bar = rows(backend.joined([bars["lambda"], bars["b"], bars["c"]], axis=-1))
             grads: Params = {"x_proj.weight": product(projected_bar, rows(seen), transposed=(True, False))}
             seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            xz_bar = np.concatenate([rows(seen_bar), rows(z_bar)], axis=1)
+            xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
             grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = column_sums(xz_bar)
@@ -320,7 +321,7 @@ class FPMamba2(MatrixStateLayer):
         params = {"in_proj.weight": uniform(rng, (width, self.d_model), self.d_model, dtype)}
         if self.bias:
             params["in_proj.bias"] = np.zeros(width, dtype)
-        params["dt_bias"] = self._step_bias(rng, self.heads, dtype)
+        params["dt_bias"] = step_bias(rng, self.heads, dtype)
         params["A_log"] = np.log(rng.uniform(1.0, 16.0, self.heads)).astype(dtype)
         params["D"] = np.ones(inner if self.channel_skip else self.heads, dtype)
         params["norm.weight"] = np.ones(inner, dtype)
@@ -360,11 +361,11 @@ class FPMamba2(MatrixStateLayer):
 
         def pull(driven_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
             grads: Params = {}
-            seen_bar = np.concatenate([driven_bar, bars["b"], bars["c"]], axis=-1)
+            seen_bar = backend.joined([driven_bar, bars["b"], bars["c"]], axis=-1)
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            whole_bar = rows(np.concatenate([z_bar, seen_bar, bars["lambda"]], axis=-1))
+            whole_bar = rows(backend.joined([z_bar, seen_bar, bars["lambda"]], axis=-1))
             grads["in_proj.weight"] = product(whole_bar, flat, transposed=(True, False))
             if self.bias:
                 grads["in_proj.bias"] = column_sums(whole_bar)

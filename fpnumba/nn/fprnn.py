@@ -231,7 +231,7 @@ class FPRNN(FixedPointLayer):
             z_bar, y_bar = gated_vjp(z, y, gated_bar)
             c_bar, h_bar = gated_vjp(c_inner, h, y_bar.reshape(shape))
             c_bar = rows(c_bar)
-            grads["c_proj.weight"] = np.concatenate(
+            grads["c_proj.weight"] = backend.joined(
                 [
                     product(c_bar, rows(seen_x), transposed=(True, False)),
                     product(c_bar, rows(seen_h), transposed=(True, False)),
@@ -244,7 +244,7 @@ class FPRNN(FixedPointLayer):
                 grads_x, x_in_bar = pull_cx(seen_x_bar)
                 grads_h, more = pull_ch(seen_h_bar)
                 h_bar += more
-                grads |= {f"conv1d_c.{n}": np.concatenate([grads_x[n], grads_h[n]]) for n in grads_x}
+                grads |= {f"conv1d_c.{n}": backend.joined([grads_x[n], grads_h[n]]) for n in grads_x}
             else:
                 x_in_bar = seen_x_bar
                 h_bar[:, :-1] += seen_h_bar[:, 1:]
@@ -269,7 +269,7 @@ class FPRNN(FixedPointLayer):
                     conv_grads, bar = pullbacks[name](bar)
                     grads |= under(conv_grads, f"conv1d_{name}")
                 raw_bar += bar
-            xz_bar = np.concatenate([rows(raw_bar), z_bar], axis=1)
+            xz_bar = backend.joined([rows(raw_bar), z_bar], axis=1)
             grads["input_trans.weight"] = product(xz_bar, flat, transposed=(True, False))
             return grads, product(xz_bar, params["input_trans.weight"]).reshape(x.shape)
 
@@ -381,7 +381,7 @@ class FPRNN(FixedPointLayer):
         before = contiguous(state["h"]).reshape(-1, inner)
         cell = self._cell(params, one(branches["mixer"]), one(lam), one(b * branches["x"]), before)
         found = self._sequential(cell, keep=False)
-        report("FPRNN.step", ways.lead_axes(found.solution, lead), self.solver.on_failure)
+        report("FPRNN.step", found.solution.reshaped(lead), self.solver.on_failure)
         h = found.h.reshape(*lead, inner)
 
         if self.short_conv is not None:
@@ -393,6 +393,6 @@ class FPRNN(FixedPointLayer):
             seen_h, after["seen_h"] = conv.step(second, h, state["seen_h"])
         else:
             seen_x, seen_h = branches["x"], state["h"]
-        c = silu(np.concatenate([seen_x, seen_h], axis=-1) @ params["c_proj.weight"].T)
+        c = silu(backend.joined([seen_x, seen_h], axis=-1) @ params["c_proj.weight"].T)
         normed = self.norm({"weight": params["output_norm.weight"]}, silu(z) * (c * h))
         return normed @ params["output_trans.weight"].T, {"h": h, **after}

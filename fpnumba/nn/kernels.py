@@ -245,6 +245,43 @@ def rms_norm_vjp(x: Any, weight: Any, scale: Any, ybar: Any, xbar: Any, weight_b
 
 
 @compiled
+def lstm_step(gates: Any, fed: Any, before: Any, c: Any, h: Any) -> None:
+    """``c = f before + i g`` and ``h = o tanh(c)`` with the activated gates, which `gates` is left with."""
+    batch, width = c.shape
+    one, two = c.dtype.type(1.0), c.dtype.type(2.0)
+    for b in range(batch):
+        for d in range(4 * width):
+            # tanh(x) = 2 sigmoid(2 x) - 1
+            scale = two if 2 * width <= d < 3 * width else one
+            open_ = scale / (one + exponential(-scale * (gates[b, d] + fed[b, d])))
+            gates[b, d] = open_ - one if 2 * width <= d < 3 * width else open_
+        for d in range(width):
+            cell = gates[b, width + d] * before[b, d] + gates[b, d] * gates[b, 2 * width + d]
+            c[b, d] = cell
+            h[b, d] = gates[b, 3 * width + d] * (two / (one + exponential(-two * cell)) - one)
+
+
+@compiled
+def lstm_step_vjp(
+    gates: Any, before: Any, c: Any, h_bar: Any, fed_bar: Any, c_bar: Any, raw_bar: Any
+) -> None:
+    """Cotangents of :func:`lstm_step`: of the gates before their activations, and in `c_bar` of `before`."""
+    batch, width = c.shape
+    one, two = c.dtype.type(1.0), c.dtype.type(2.0)
+    for b in range(batch):
+        for d in range(width):
+            i, f, g, o = gates[b, d], gates[b, width + d], gates[b, 2 * width + d], gates[b, 3 * width + d]
+            squashed = two / (one + exponential(-two * c[b, d])) - one
+            out = h_bar[b, d] + fed_bar[b, d]
+            cell = c_bar[b, d] + out * o * (one - squashed * squashed)
+            raw_bar[b, d] = cell * g * i * (one - i)
+            raw_bar[b, width + d] = cell * before[b, d] * f * (one - f)
+            raw_bar[b, 2 * width + d] = cell * i * (one - g * g)
+            raw_bar[b, 3 * width + d] = out * squashed * o * (one - o)
+            c_bar[b, d] = cell * f
+
+
+@compiled
 def scatter_rows(indices: Any, rows: Any, table: Any) -> None:
     """``table[indices[n]] += rows[n]``, in order, so that the sum is the same every time."""
     for n in range(indices.size):

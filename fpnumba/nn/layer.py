@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.nn import ways
 from fpnumba.nn.activations import check
 from fpnumba.nn.backend import column_sums, contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, part, rows
@@ -163,7 +162,8 @@ class FixedPointLayer(ABC):
         """``F_x x + bias``."""
         if isinstance(self.map, FixedMap):
             return zeros((*x.shape[:2], 0), x)
-        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True)) + weights.bias
+        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True))
+        base += weights.bias
         return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(
@@ -201,7 +201,7 @@ class FixedPointLayer(ABC):
         """Append to the record, and report what did not converge."""
         solver = self._solver()
         if record is not None or solver.on_failure != "ignore":
-            solution = ways.lead_axes(solution, lead)
+            solution = solution.reshaped(lead)
             if record is not None:
                 record.append(solution)
             report(type(self).__name__, solution, solver.on_failure, quantile=solver.quantile)

@@ -138,6 +138,25 @@ def _past(x: Array, taps: Array, past: Array | None) -> Array:
     return np.zeros((len(x), len(taps) - 1, x.shape[2]), x.dtype) if past is None else past
 
 
+def lstm_step(gates: Array, fed: Array, before: Array, c: Array, h: Array) -> None:
+    """One step of an LSTM: `gates` (B, 4 D) become their activations, `c` and `h` (B, D) are written.
+
+    `gates` holds what the input gives and `fed` what the state gives, in the order i, f, g, o; `before` is the cell of
+    the step before.
+    """
+    kernels.lstm_step(gates, fed, before, c, h)
+
+
+def lstm_step_vjp(
+    gates: Array, before: Array, c: Array, h_bar: Array, fed_bar: Array, c_bar: Array, raw_bar: Array
+) -> None:
+    """Cotangent of the gates before their activations, into `raw_bar`; `c_bar` becomes that of `before`.
+
+    The cotangent of ``h`` is ``h_bar + fed_bar``.
+    """
+    kernels.lstm_step_vjp(gates, before, c, h_bar, fed_bar, c_bar, raw_bar)
+
+
 def scatter_rows(indices: NDArray[np.integer[Any]], rows: Array, count: int) -> Array:
     """A table ``(count, D)`` of the sums of the rows of each index, the same every time."""
     table = np.zeros((count, rows.shape[1]), rows.dtype)

@@ -124,12 +124,6 @@ class MatrixStateLayer(FixedPointLayer):
             params["out_proj.bias"] = np.zeros(self.d_model, dtype)
         return params
 
-    def _step_bias(self, rng: np.random.Generator, count: int, dtype: DTypeLike) -> Array:
-        """The inverse of softplus at step sizes spread evenly, in the logarithm, between 0.001 and 0.1."""
-        step = np.maximum(np.exp(rng.uniform(math.log(0.001), math.log(0.1), count)), 1e-4)
-        bias: Array = (step + np.log(-np.expm1(-step))).astype(dtype)
-        return bias
-
     # --- the call ------------------------------------------------------------------------------------------
 
     def _fold(self, params: Params, dtype: DTypeLike) -> Folded:
@@ -143,7 +137,7 @@ class MatrixStateLayer(FixedPointLayer):
         if "lambda" in self.hidden:
             feedback["lambda"] = weight_of("dt_y_proj", self.weight_norm, params)
         parts = [feedback[name] for name in SEGMENTS if name in feedback]
-        stacked = contiguous(np.concatenate(parts)) if parts else None
+        stacked = contiguous(backend.joined(parts)) if parts else None
         w_z = weight_of("z_y_proj", self.weight_norm, params) if self.gate != "inside" else None
         return Folded(weights, feedback, stacked, fixed, w_z, self._rates(params))
 
@@ -204,7 +198,7 @@ class MatrixStateLayer(FixedPointLayer):
         )
         grads = under(grads, "mixer")
         if self._seen:
-            both = np.concatenate([fed[name] for name in self._seen])
+            both = backend.joined([fed[name] for name in self._seen])
             grads |= weight_vjp("bc_y_proj", self.weight_norm, params, both)
         if "lambda" in self.hidden:
             grads |= weight_vjp("dt_y_proj", self.weight_norm, params, fed["lambda"])
@@ -394,6 +388,13 @@ class MatrixStateLayer(FixedPointLayer):
         return out.reshape(*lead, self.d_model), self._state(lead, (y, last), front)
 
 
+def step_bias(rng: np.random.Generator, count: int, dtype: DTypeLike) -> Array:
+    """The inverse of softplus at step sizes spread evenly, in the logarithm, between 0.001 and 0.1."""
+    step = np.maximum(np.exp(rng.uniform(math.log(0.001), math.log(0.1), count)), 1e-4)
+    bias: Array = (step + np.log(-np.expm1(-step))).astype(dtype)
+    return bias
+
+
 def convolved(
     conv: ShortConv | None, params: Params, x: Array, window: Array | None
 ) -> tuple[Array, Array | None, Pullback | None]:
@@ -403,5 +404,5 @@ def convolved(
     y, pull = conv.vjp(params, x, past=window)
     steps, width = x.shape[1], window.shape[1]
     if steps < width:
-        return y, np.concatenate([window[:, steps:], x], axis=1), pull
+        return y, backend.joined([window[:, steps:], x], axis=1), pull
     return y, contiguous(x[:, steps - width :]), pull

@@ -105,7 +105,7 @@ class MatrixCell:
     def __post_init__(self) -> None:
         if self.stacked is None and self.feedback:
             parts = [self.feedback[name] for name in SEGMENTS if name in self.feedback]
-            self.stacked = contiguous(np.concatenate(parts))
+            self.stacked = contiguous(backend.joined(parts))
 
     def part(self, steps: slice, initial: tuple[Array, Array]) -> MatrixCell:
         """The same recurrence over some of the steps."""
@@ -123,7 +123,7 @@ class MatrixCell:
 
     def before(self, y: Array) -> Array:
         """``y_{t-1}`` for every ``t``."""
-        return np.concatenate([self.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
+        return backend.joined([self.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
 
     def finite(self, b: int) -> bool:
         """Whether the inputs of one sequence are finite."""
@@ -168,7 +168,7 @@ class MatrixCell:
                 past = self.states(made.at(t), contiguous(now[:, t : t + 1]), past)
             state = (now[:, -1], past)
             alone = made.alone()
-            each = np.stack(pasts, axis=1).reshape(-1, dim, past.shape[-1])
+            each = backend.joined([past[:, None] for past in pasts], axis=1).reshape(-1, dim, past.shape[-1])
             found = doors(made.mixer[0], y).solve(alone, each, damping=solver.damping, **options)
             own = found.value.reshape(now.shape)
             size, gap = np.abs(now).max(-1), np.abs(own - now).max(-1)
@@ -363,7 +363,7 @@ class MatrixBars:
         for name, bar in found.items():
             self.base[name][:, at] += bar
         seen = [found[name] for name in SEGMENTS if name in cell.feedback]
-        return np.concatenate(seen, axis=-1) if seen else None
+        return backend.joined(seen, axis=-1) if seen else None
 
     def pull_steps(self, delta_bar: Array, delta: Array, argument: Array) -> Array:
         """Add what a cotangent of ``delta`` means for its weight and bias; return that of its argument."""

@@ -285,7 +285,7 @@ class DenseMap(MixerMap):
             bars_w.append(w_bar)
             vector_bar = gram @ w_bar
         # the matrix is symmetric; its cotangents from all iterations are one product
-        gram_bar += np.concatenate(bars_w, axis=-1) @ np.swapaxes(np.concatenate(seen, axis=-1), -1, -2)
+        gram_bar += backend.joined(bars_w, axis=-1) @ np.swapaxes(backend.joined(seen, axis=-1), -1, -2)
         upper_bar = (gram_bar + np.swapaxes(gram_bar, -1, -2)) @ upper
         p_bar = backend.contiguous(upper_bar[..., *np.triu_indices(self.dim)])
         return activate_vjp(self.activation, a, p_bar)
@@ -359,7 +359,7 @@ class MixtureMap(MixerMap):
 
     def build_vjp(self, a: Array, kept: Any, bars: Any) -> Array:
         pieces = zip(self.children, self._pieces(a), kept, bars, strict=True)
-        return np.concatenate([child.build_vjp(piece, k, bar) for child, piece, k, bar in pieces], axis=-1)
+        return backend.joined([child.build_vjp(piece, k, bar) for child, piece, k, bar in pieces], axis=-1)
 
 
 def make_map(

@@ -13,16 +13,27 @@ from fpnumba.nn.basic import Array, Embedding, Linear, Params, Pullback, Record,
 from fpnumba.nn.fpmamba import FPMamba, FPMamba2
 from fpnumba.nn.fprnn import FPRNN
 from fpnumba.nn.layer import FixedPointLayer
+from fpnumba.nn.lstm import LSTM
+from fpnumba.nn.mamba import Mamba
+from fpnumba.nn.plain import PlainLayer
 from fpnumba.solve import Adjoint, Solver
 
-LAYERS: dict[str, Any] = {"FPRNN": FPRNN, "FPMamba": FPMamba, "FPMamba2": FPMamba2}
+LAYERS: dict[str, Any] = {
+    "FPRNN": FPRNN,
+    "FPMamba": FPMamba,
+    "FPMamba2": FPMamba2,
+    "Mamba": Mamba,
+    "LSTM": LSTM,
+}
+# Those that do not iterate: they have no solver and add nothing to a record.
+PLAIN = ("Mamba", "LSTM")
 ModelPullback = Callable[[Array], tuple[Params, None]]
 
 
 class Model:
     """Embedding, blocks of normalised fixed-point RNNs with residuals, norm, readout.
 
-    Each block is ``x + FPRNN(RMSNorm(x))``, or another fixed-point layer, and with ``mlp``
+    Each block is ``x + FPRNN(RMSNorm(x))``, or another recurrent layer, and with ``mlp``
     also ``x + SwiGLU(RMSNorm(x))``.
 
     Parameters
@@ -34,8 +45,8 @@ class Model:
     d_model : int
     n_layers : int, default 1
     layer : mapping, optional
-        Options of the layer, and its ``kind``: "FPRNN" (the default), "FPMamba" or "FPMamba2"; ``solver`` and
-        ``adjoint`` may be mappings of their options.
+        Options of the layer, and its ``kind``: "FPRNN" (the default), "FPMamba" or "FPMamba2", or, to compare with,
+        "Mamba" or "LSTM"; ``solver`` and ``adjoint`` of a fixed-point layer may be mappings of their options.
     mlp : int, optional
         Hidden width of the gated units; None for blocks without one.
     norm_eps : float
@@ -83,12 +94,17 @@ class Model:
         if kind not in LAYERS:
             raise ValueError(f"kind of the layer must be one of {', '.join(map(repr, LAYERS))}, not {kind!r}")
         self.embedding = Embedding(vocab, d_model)
-        self.rnn: FixedPointLayer = LAYERS[kind](
+        self.rnn: FixedPointLayer | PlainLayer = LAYERS[kind](
             d_model, **{name: value for name, value in options.items() if name != "kind"}
         )
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.unit = None if mlp is None else SwiGLU(d_model, mlp)
         self.readout = Linear(d_model, self.vocab_out)
+
+    @property
+    def iterates(self) -> bool:
+        """Whether its layers solve a fixed point."""
+        return isinstance(self.rnn, FixedPointLayer)
 
     def config(self) -> dict[str, Any]:
         """The options as plain numbers, strings, lists and dicts, fit for JSON; see :meth:`from_config`."""
@@ -125,9 +141,9 @@ class Model:
         params |= under(self.norm.init(rng, dtype), "norm")
         return params | under(self.readout.init(rng, dtype), "readout")
 
-    def _branches(self) -> list[tuple[str, str, FixedPointLayer | SwiGLU]]:
+    def _branches(self) -> list[tuple[str, str, FixedPointLayer | PlainLayer | SwiGLU]]:
         """Names of norm and layer, and the layer, of every residual branch in order."""
-        branches: list[tuple[str, str, FixedPointLayer | SwiGLU]] = []
+        branches: list[tuple[str, str, FixedPointLayer | PlainLayer | SwiGLU]] = []
         for i in range(self.n_layers):
             branches.append((f"layers.{i}.norm", f"layers.{i}.rnn", self.rnn))
             if self.unit is not None:
@@ -209,10 +225,10 @@ class Model:
         after = []
         for norm, name, layer in self._branches():
             normed = self.norm(part(params, norm), x)
-            if isinstance(layer, FixedPointLayer):
+            if isinstance(layer, SwiGLU):
+                y = layer(part(params, name), normed)
+            else:
                 y, now = layer.step(part(params, name), normed, next(states))
                 after.append(now)
-            else:
-                y = layer(part(params, name), normed)
             x = x + y
         return self.readout(part(params, "readout"), self.norm(part(params, "norm"), x)), after

@@ -19,10 +19,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.arrays import namespace
-from fpnumba.nn.backend import empty, product
+from fpnumba.nn import backend
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, rows, uniform
 
 Array = NDArray[Any]
+
+# On a device, products are fast where rows begin at multiples of so many numbers; zeros fill up a stack.
+ALIGNED = 8
 
 MAGNITUDE = "parametrizations.weight.original0"
 DIRECTION = "parametrizations.weight.original1"
@@ -128,9 +132,13 @@ class Stack:
 
     def weights(self, params: Params, dtype: DTypeLike) -> Weights:
         """The matrices behind the parameters, made once per call, where the parameters lie."""
-        xp = namespace(next(iter(params.values()), np.zeros(0)))
-        first = xp.empty((self.inner, self.inputs), dtype)
-        bias = xp.zeros(self.inner, dtype)
+        like = next(iter(params.values()), np.zeros(0))
+        xp, inner = namespace(like), self.inner
+        if not backend.on_host(like):
+            inner = -(-inner // ALIGNED) * ALIGNED
+        first = xp.empty((inner, self.inputs), dtype)
+        first[self.inner :] = 0
+        bias = xp.zeros(inner, dtype)
         seconds: list[Array | None] = []
         at = 0
         for part in self.parts:
@@ -159,7 +167,7 @@ class Stack:
 @dataclass
 class Weights:
     """The matrices of a :class:`Stack`: ``first (inner, inputs)``, ``bias (inner,)``, second factors or
-    None."""
+    None. On a device `inner` is a multiple of :data:`ALIGNED`."""
 
     stack: Stack
     first: Array
@@ -174,8 +182,8 @@ class Weights:
     def expand(self, v: Array) -> Array:
         """``v (..., inner)`` to ``a (..., outputs)``: the second factors."""
         if not self.stack.factored:
-            return v
-        a = empty((*v.shape[:-1], self.stack.outputs), v)
+            return v if v.shape[-1] == self.stack.inner else contiguous(v[..., : self.stack.inner])
+        a = backend.empty((*v.shape[:-1], self.stack.outputs), v)
         at = out = 0
         for part, second in zip(self.stack.parts, self.seconds, strict=True):
             inner = v[..., at : at + part.inner]
@@ -192,8 +200,8 @@ class Weights:
     def expand_vjp(self, v: Array, abar: Array, bars: Weights) -> Array:
         """Cotangent of ``v``; those of the second factors are added to ``bars``."""
         if not self.stack.factored:
-            return abar
-        vbar = empty((*abar.shape[:-1], self.stack.inner), abar)
+            return self._filled(abar)
+        vbar = self._filled(backend.empty((*abar.shape[:-1], self.stack.inner), abar))
         at = out = 0
         for part, second, second_bar in zip(self.stack.parts, self.seconds, bars.seconds, strict=True):
             into, of = slice(at, at + part.inner), slice(out, out + part.outputs)
@@ -206,11 +214,20 @@ class Weights:
             at, out = at + part.inner, out + part.outputs
         return vbar
 
+    def _filled(self, v: Array) -> Array:
+        """With as many columns as there are rows in `first`."""
+        if v.shape[-1] == len(self.first):
+            return v
+        wide = backend.empty((*v.shape[:-1], len(self.first)), v)
+        wide[..., : v.shape[-1]] = v
+        wide[..., v.shape[-1] :] = 0
+        return wide
+
     def expand_transpose(self, abar: Array) -> Array:
         """Cotangent of ``v`` alone."""
         if not self.stack.factored:
             return abar
-        vbar = empty((*abar.shape[:-1], self.stack.inner), abar)
+        vbar = backend.empty((*abar.shape[:-1], self.stack.inner), abar)
         at = out = 0
         for part, second in zip(self.stack.parts, self.seconds, strict=True):
             piece = abar[..., out : out + part.outputs]

@@ -72,7 +72,7 @@ class Cell:
 
     def before(self, h: Array) -> Array:
         """``h_{t-1}`` for every ``t``."""
-        return np.concatenate([self.initial[:, None], h[:, :-1]], axis=1)[:, : h.shape[1]]
+        return backend.joined([self.initial[:, None], h[:, :-1]], axis=1)[:, : h.shape[1]]
 
     def carry(self, h: Array) -> Array:
         """What the steps after these start from."""

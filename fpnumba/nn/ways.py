@@ -82,7 +82,7 @@ def solve_linear_adjoint(
     """``s = S^T (hbar + P^T (g * s))``, section 6."""
     kind, params = mixer
     if kind == "mixture":
-        gate, after = 1 - lam, np.concatenate([lam[:, 1:], np.zeros_like(lam[:, :1])], axis=1)
+        gate, after = 1 - lam, backend.joined([lam[:, 1:], np.zeros_like(lam[:, :1])], axis=1)
 
         def iterate(s: Array) -> Array:
             e = gate * s
@@ -153,7 +153,9 @@ class Verdict:
             status, counts = zero.astype(np.int8), zero.astype(np.int64)
             return Solution(value, status, counts, zero, method, none, history=history)
         xp = namespace(self._parts[0][2])
-        counts, residuals, statuses = (xp.stack(part, -1) for part in zip(*self._parts, strict=True))
+        counts, residuals, statuses = (
+            backend.joined([a[..., None] for a in part], axis=-1) for part in zip(*self._parts, strict=True)
+        )
         first = (statuses != int(Status.CONVERGED)).argmax(-1)
         told: dict[str, Any] = {
             "status": xp.take_along_axis(statuses, first[:, None], -1)[:, 0].astype(np.int8),
@@ -342,16 +344,3 @@ def pull_given(
     if arguments_bar is not None:
         bars.base = arguments_bar
     return bars, _reported(solved, way)
-
-
-def lead_axes(solution: Solution, lead: tuple[int, ...]) -> Solution:
-    """The same solution in the shape of the caller's leading axes."""
-    return replace(
-        solution,
-        value=solution.value.reshape(*lead, *solution.value.shape[1:]),
-        status=solution.status.reshape(lead),
-        iterations=solution.iterations.reshape(lead),
-        residual=solution.residual.reshape(lead),
-        chunk_iterations=solution.chunk_iterations.reshape(*lead, solution.chunk_iterations.shape[-1]),
-        history=None if solution.history is None else solution.history.reshape(len(solution.history), *lead),
-    )

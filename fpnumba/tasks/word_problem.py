@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fpnumba.tasks.groups import Group
-
-Tokens = NDArray[np.int64]
+from fpnumba.tasks.task import Same, Tokens, check_sizes, name_with
 
 
 @dataclass(frozen=True)
-class WordProblem:
+class WordProblem(Same):
     """The word problem of a finite group.
 
     Tokens are uniform group elements ``a_1, a_2, ...``; the target of step ``t`` is their product so far,
@@ -50,8 +48,9 @@ class WordProblem:
 
     @property
     def name(self) -> str:
-        """The group's name."""
-        return self.group.name
+        """The group's name, and what is not usual."""
+        options = {"order": (self.order, "right"), "identity_first": (self.identity_first, False)}
+        return name_with(self.group.name, **options)
 
     @property
     def vocab(self) -> int:
@@ -63,9 +62,19 @@ class WordProblem:
         """Number of different targets."""
         return self.group.order
 
+    @property
+    def chance(self) -> float:
+        """One element of them all."""
+        return 1 / self.group.order
+
+    @property
+    def table(self) -> Tokens:
+        """``table[state, token]`` is the next state."""
+        return self.group.table if self.order == "right" else self.group.table.T
+
     def targets(self, tokens: Tokens) -> Tokens:
         """The running products of tokens (..., T); same shape, int64."""
-        table = self.group.table if self.order == "right" else self.group.table.T
+        table = self.table
         products = np.empty(tokens.shape, dtype=np.int64)
         state = np.zeros(tokens.shape[:-1], dtype=np.int64)
         for t in range(tokens.shape[-1]):
@@ -91,9 +100,7 @@ class WordProblem:
         ValueError
             If ``batch`` or ``length`` is negative.
         """
-        for name, value in (("batch", batch), ("length", length)):
-            if value < 0:
-                raise ValueError(f"{name}: {value} is negative")
+        check_sizes(batch, length)
         tokens = rng.integers(self.vocab, size=(batch, length))
         if self.identity_first:
             tokens[:, :1] = 0

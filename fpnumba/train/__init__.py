@@ -7,7 +7,10 @@ from fpnumba.train.evaluation import CUTS, baseline_of, evaluate, table
 from fpnumba.train.extras import MissingExtra, need_all
 from fpnumba.train.folder import Folder, RunError
 from fpnumba.train.loop import Outcome, TrainingError, run
+from fpnumba.train.parallel import Group, ParallelError, group
 from fpnumba.train.pictures import plot
+from fpnumba.train.several import compare
+from fpnumba.train.solves import compare_ways, iteration_map, plot_iterations, plot_ways
 from fpnumba.train.weights import Imported, WeightsError, import_weights, load_weights
 
 __all__ = [
@@ -18,21 +21,29 @@ __all__ = [
     "Config",
     "ConfigError",
     "Folder",
+    "Group",
     "Imported",
     "MissingExtra",
     "Outcome",
+    "ParallelError",
     "RunError",
     "TrainingError",
     "WeightsError",
     "baseline_of",
     "build_model",
+    "compare",
+    "compare_ways",
     "evaluate",
+    "group",
     "import_weights",
     "initial_params",
+    "iteration_map",
     "load_run",
     "load_weights",
     "need_all",
     "plot",
+    "plot_iterations",
+    "plot_ways",
     "preset",
     "run",
     "table",

@@ -1,23 +1,24 @@
 """From a configuration to the things it names: task, model, optimiser, random streams, a trained run."""
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from fpnumba import nn, tasks
-from fpnumba.tasks import WordProblem
+from fpnumba.tasks import Task
 from fpnumba.train import checkpoint as checkpoints
 from fpnumba.train.checkpoint import Arrays, Checkpoint, CheckpointError
 from fpnumba.train.config import Config, ConfigError
 from fpnumba.train.folder import Folder
 
-_STREAMS = {"parameters": 0, "data": 1, "evaluation": 2}
+Stream = Literal["parameters", "data", "evaluation", "iterations"]
+_STREAMS: dict[Stream, int] = {"parameters": 0, "data": 1, "evaluation": 2, "iterations": 3}
 
 
-def stream(
-    seed: int, name: Literal["parameters", "data", "evaluation"], index: int = 0
-) -> np.random.Generator:
+def stream(seed: int, name: Stream, index: int = 0) -> np.random.Generator:
     """The random numbers of one purpose and one step; independent of all others, and in need of no state."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAMS[name], index)))
 
@@ -45,6 +46,47 @@ def with_solver(layer: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[str
     return {**layer, "solver": {**layer.get("solver", {}), **solver}}
 
 
+def iterations_at(config: Config, step: int) -> int | None:
+    """Most iterations of a solve in the update after so many; None where the solver's own option says it."""
+    if not isinstance(config.iterations, dict):
+        return config.iterations
+    shape, scale = config.iterations["shape"], config.iterations["scale"]
+    return max(1, round(stream(config.seed, "iterations", step).gamma(shape, scale)))
+
+
+def training_models(config: Config) -> Callable[[int], nn.Model]:
+    """The network as it is solved in the update after so many.
+
+    It differs from :func:`build_model` in how its iteration ends: after the `iterations` of the configuration, and by
+    the rules of training where the solver's criterion is the published one.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`build_model`, and for `iterations` of a solver that does not iterate over time.
+    """
+    layer = config.model.get("layer", {})
+    solver = layer.get("solver", {})
+    if config.iterations is not None and solver.get("method", "auto") in ("direct", "sequential"):
+        raise ConfigError(
+            f"iterations: the solver goes step by step (method {solver['method']!r}), so there are none to limit"
+        )
+    if solver.get("criterion") == "published":
+        config = config.replace(model={**config.model, "layer": {**layer, "train_mode": True}})
+
+    @functools.lru_cache(maxsize=64)
+    def build(most: int | None) -> nn.Model:
+        if most is None:
+            return build_model(config)
+        options: dict[str, Any] = {"max_iter": most, "on_failure": "ignore"}
+        if solver.get("chunk") is None and solver.get("method", "auto") == "auto":
+            options["method"] = "parallel"  # however many are drawn
+        return build_model(config, **options)
+
+    build(None if config.iterations is None else 1)
+    return lambda step: build(iterations_at(config, step))
+
+
 def build_optimizer(config: Config) -> nn.AdamW:
     """AdamW with the schedule of a configuration."""
     rate: Any
@@ -67,6 +109,17 @@ def initial_params(config: Config, model: nn.Model) -> Arrays:
     return params
 
 
+def placed(config: Config, params: Arrays) -> Arrays:
+    """The parameters where the run computes: on its GPU, if it has one and there is one here."""
+    if config.device == "cpu":
+        return params
+    from fpnumba import gpu
+
+    if gpu.absent() is not None:
+        return params
+    return {name: gpu.xp().asarray(value) for name, value in params.items()}
+
+
 def load_checkpoint(
     folder: Folder, config: Config, params: Arrays, state: Arrays | None = None
 ) -> Checkpoint:
@@ -85,9 +138,11 @@ def load_checkpoint(
     """
     path = folder.checkpoint_file
     saved = checkpoints.load(path)
-    ours = config.to_dict()
-    if saved.config != ours:
-        differ = sorted(k for k in ours.keys() | saved.config.keys() if saved.config.get(k) != ours.get(k))
+    ours, theirs = config.to_dict(), saved.config
+    with contextlib.suppress(ConfigError):  # what an older version did not know has its default
+        theirs = Config.from_dict(theirs).to_dict()
+    if theirs != ours:
+        differ = sorted(k for k in ours.keys() | theirs.keys() if theirs.get(k) != ours.get(k))
         raise CheckpointError(
             f"{path}: of another configuration than config.json ({', '.join(differ)} differ)"
         )
@@ -97,7 +152,7 @@ def load_checkpoint(
     return saved
 
 
-def load_run(folder: Folder) -> tuple[Config, WordProblem, nn.Model, Checkpoint]:
+def load_run(folder: Folder) -> tuple[Config, Task, nn.Model, Checkpoint]:
     """Configuration, task, model and verified checkpoint of a run."""
     config = folder.config()
     model = build_model(config)

@@ -1,8 +1,20 @@
-"""Checkpoints: all that a run needs to go on bitwise, in one safetensors file that is whole or not there."""
+"""Checkpoints: all that a run needs to go on bitwise, in safetensors files of at most 16 MB, whole or not there.
+
+A small one is one file. A larger one is that file without tensors, which lists the shards that hold them:
+
+    checkpoint.safetensors                      the index, written last
+    checkpoint-STEP-CHECKSUM-K.safetensors      shard K
+
+Shards of another checkpoint are removed only once the index no longer lists them, so that at every moment the file
+``checkpoint.safetensors`` stands for one whole checkpoint.
+"""
 
 import json
+import math
 import os
+import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +25,9 @@ from numpy.typing import NDArray
 from fpnumba.train.extras import need
 
 FORMAT = "fpnumba-checkpoint"
-VERSION = 1
+# Of one file, and of an index with shards.
+VERSION, SHARDED = 1, 2
+FILE_BYTES = 16_000_000
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -67,8 +81,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint atomically; an older one of the same name is replaced only by a whole new one."""
-    numpy_format = need("safetensors.numpy")
+    """Write the checkpoint atomically; an older one of the same name is replaced only by a whole new one.
+
+    No file is larger than `FILE_BYTES`.
+    """
     tensors = _tensors(checkpoint)
     metadata = {
         "format": FORMAT,
@@ -78,8 +94,24 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "rng": json.dumps(checkpoint.rng, sort_keys=True),
         "extra": json.dumps(checkpoint.extra, sort_keys=True),
     }
-    metadata["crc32"] = str(_checksum(tensors, metadata))
-    write_atomically(path, numpy_format.save(tensors, metadata=metadata))
+    shards = list(_shards(tensors))
+    if len(shards) > 1:
+        metadata["version"] = str(SHARDED)
+        shapes = {name: [value.dtype.str, list(value.shape)] for name, value in tensors.items()}
+        metadata["tensors"] = json.dumps(shapes, sort_keys=True)
+    checksum = _checksum(tensors, metadata)
+    names = []
+    if len(shards) > 1:
+        # The checksum in its name keeps a shard apart from those of any other checkpoint of this step.
+        names = [
+            f"{path.stem}-{checkpoint.step}-{checksum:08x}-{k}{path.suffix}"
+            for k in range(1, len(shards) + 1)
+        ]
+        for name, shard in zip(names, shards, strict=True):
+            write_atomically(path.with_name(name), _packed(shard, {"format": f"{FORMAT}-shard"}))
+        metadata["shards"], tensors = json.dumps(names), {}
+    write_atomically(path, _packed(tensors, {**metadata, "crc32": str(checksum)}))
+    _sweep(path, keep=names)
 
 
 def load(path: Path) -> Checkpoint:
@@ -88,31 +120,28 @@ def load(path: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the file is missing, of another program or version, truncated, or does not match its checksum.
+        If a file is missing, of another program or version, truncated, or does not match the checksum.
     """
-    safetensors = need("safetensors")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint there")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            names = list(file.keys())
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: a safetensors file, but no checkpoint of fpnumba")
-            if metadata.get("version") != str(VERSION):
-                raise CheckpointError(
-                    f"{path}: a checkpoint of version {metadata.get('version')}, this fpnumba reads {VERSION}"
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: damaged, or no safetensors file ({error})") from None
-    try:
-        checksum, step = int(metadata["crc32"]), int(metadata["step"])
-        config, rng, extra = (json.loads(metadata[key]) for key in ("config", "rng", "extra"))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, its metadata cannot be read ({error!r})") from None
+    while True:
+        metadata, tensors = _opened(path, FORMAT)
+        if metadata.get("version") not in (str(VERSION), str(SHARDED)):
+            raise CheckpointError(
+                f"{path}: a checkpoint of version {metadata.get('version')}, this fpnumba reads {VERSION} and {SHARDED}"
+            )
+        try:
+            checksum, step = int(metadata["crc32"]), int(metadata["step"])
+            config, rng, extra = (json.loads(metadata[key]) for key in ("config", "rng", "extra"))
+            names = [str(name) for name in json.loads(metadata.get("shards", "[]"))]
+            shapes = json.loads(metadata.get("tensors", "{}"))
+            if names:
+                tensors = _joined(path, names, shapes)
+            break
+        except CheckpointError:
+            # Written anew in the meantime, the older shards gone?
+            if _opened(path, FORMAT)[0] == metadata:
+                raise
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: damaged, its metadata cannot be read ({error!r})") from None
     if _checksum(tensors, metadata) != checksum:
         raise CheckpointError(f"{path}: damaged, its contents do not match their checksum")
     parts: dict[str, Arrays] = {"params": {}, "optimizer": {}}
@@ -144,8 +173,89 @@ def _tensors(checkpoint: Checkpoint) -> Arrays:
     }
 
 
+def _shards(tensors: Arrays) -> Iterator[Arrays]:
+    """Tensors in the order of their names, in groups that each fit into a file; a larger one in flat pieces."""
+    # What the header of a file takes: something at its head, and something for every tensor.
+    head, each = 65536, 256
+    group: Arrays = {}
+    room = FILE_BYTES - head
+    for name in sorted(tensors):
+        value = tensors[name]
+        most = max(1, (FILE_BYTES - head - each - len(name)) // value.itemsize)
+        pieces = {name: value}
+        if value.size > most:
+            flat = value.reshape(-1)
+            pieces = {
+                f"{name}#{k}": flat[start : start + most]
+                for k, start in enumerate(range(0, value.size, most))
+            }
+        for piece, part in pieces.items():
+            cost = part.nbytes + each + len(piece)
+            if cost > room and group:
+                yield group
+                group, room = {}, FILE_BYTES - head
+            group[piece] = part
+            room -= cost
+    yield group
+
+
+def _joined(path: Path, names: list[str], shapes: dict[str, Any]) -> Arrays:
+    """The tensors of an index, from all of its shards."""
+    pieces: Arrays = {}
+    for name in names:
+        pieces |= _opened(path.with_name(Path(name).name), f"{FORMAT}-shard")[1]
+    tensors: Arrays = {}
+    for name, (dtype, shape) in shapes.items():
+        if name in pieces:
+            tensors[name] = pieces[name]
+            continue
+        cut = sorted(
+            (int(rest), piece) for piece in pieces for own, _, rest in [piece.rpartition("#")] if own == name
+        )
+        whole = np.concatenate([pieces[piece] for _, piece in cut]) if cut else np.empty(0)
+        if whole.dtype.str != dtype or whole.size != math.prod(shape):
+            raise CheckpointError(f"{path}: damaged, its shards do not hold all of {name}")
+        tensors[name] = whole.reshape(shape)
+    return tensors
+
+
+def _sweep(path: Path, keep: list[str]) -> None:
+    """Remove shards that the checkpoint does not list, and what killed processes left half-written."""
+    shard = re.compile(re.escape(path.stem) + r"-\d+-[0-9a-f]{8}-\d+" + re.escape(path.suffix))
+    for other in path.parent.iterdir():
+        name = other.name.removeprefix(".").partition(path.suffix)[0] + path.suffix
+        ours = shard.fullmatch(name) or name == path.name
+        left = ours and re.fullmatch(r"\..*\.\d+\.tmp", other.name)
+        if left or (shard.fullmatch(other.name) and other.name not in keep):
+            other.unlink(missing_ok=True)
+
+
+def _packed(tensors: Arrays, metadata: dict[str, str]) -> bytes:
+    data: bytes = need("safetensors.numpy").save(tensors, metadata=metadata)
+    return data
+
+
+def _opened(path: Path, kind: str) -> tuple[dict[str, str], Arrays]:
+    """Metadata and tensors of one file of that format."""
+    safetensors = need("safetensors")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no checkpoint there")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise CheckpointError(f"{path}: a safetensors file, but no checkpoint of fpnumba")
+            return metadata, {name: file.get_tensor(name) for name in list(file.keys())}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: damaged, or no safetensors file ({error})") from None
+
+
 def _checksum(tensors: Arrays, metadata: dict[str, str]) -> int:
-    total = zlib.crc32(repr(sorted((k, v) for k, v in metadata.items() if k != "crc32")).encode())
+    """Over all numbers, names and metadata; where the numbers lie is left out."""
+    listed = sorted((k, v) for k, v in metadata.items() if k not in ("crc32", "shards"))
+    total = zlib.crc32(repr(listed).encode())
     for name in sorted(tensors):
         value = tensors[name]
         total = zlib.crc32(f"{name} {value.dtype.str} {value.shape}".encode(), total)

@@ -36,6 +36,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 500,
         "eval_lengths": [4, 8, 16, 24, 32, 48, 64],
     },
+    # On a GPU; for word problems of groups that no diagonal network tracks.
+    "gpu": {
+        "model": {
+            "d_model": 256,
+            "layer": {"kind": "FPMamba", "d_state": 16, "mixer": "householder", "alpha_max": 1.0},
+        },
+        "device": "gpu",
+        "precision": "tf32",
+        "steps": 10000,
+        "batch": 512,
+        "learning_rate": 1e-3,
+        "warmup": 200,
+        "schedule": "cosine",
+        "log_every": 50,
+        "eval_every": 500,
+        "checkpoint_every": 1000,
+        "eval_lengths": [16, 32, 64, 128, 256],
+    },
 }
 
 
@@ -56,16 +74,27 @@ class Config:
     seed : int
         Of parameters, training data and evaluation data; each draws from a stream of its own.
     dtype : {"float32", "float64"}
+        Of parameters and activations.
+    device : {"cpu", "gpu"}
+        Where to train. Numbers drawn, and so the run, differ between the two.
+    precision : {"float32", "tf32", "bfloat16"}
+        In which a GPU multiplies matrices (``fpnumba.gpu.use_precision``). A CPU knows float32 alone.
     steps, batch, length : int
-        Updates, sequences per update, and steps per sequence.
+        Updates, sequences per update, and steps per sequence, or what the task counts as its length.
     curriculum : sequence of (step, length)
         From that step on, sequences of that length; before the first entry and without any, `length`.
+    iterations : int, dict or None
+        Most iterations of a solve in training, instead of the solver's ``max_iter``. A dict draws them anew for every
+        update: ``{"draw": "gamma", "shape": 4, "scale": 1}`` as in arXiv 2503.10799, rounded, at least one. To be
+        stopped there is no failure. Evaluation iterates as the solver says.
     learning_rate, weight_decay, clip : float
         Of AdamW; `clip` bounds the global norm of the gradient, 0 turns it off.
     schedule : {"constant", "cosine"}
         What follows `warmup` steps of linear warm-up; cosine falls to a hundredth at `steps`.
     log_every, eval_every, checkpoint_every : int
         Steps between rows of ``metrics.jsonl``, evaluations during training, and checkpoints.
+    checkpoint_minutes : float
+        A checkpoint is also written after that much time; 0 turns it off.
     eval_lengths : sequence of int
         Lengths at which the trained network is judged.
     eval_batch : int
@@ -91,10 +120,13 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
+    device: str = "cpu"
+    precision: str = "float32"
     steps: int = 1000
     batch: int = 128
     length: int = 16
     curriculum: tuple[tuple[int, int], ...] = ()
+    iterations: int | dict[str, Any] | None = None
     learning_rate: float = 1e-3
     schedule: str = "constant"
     warmup: int = 0
@@ -103,13 +135,14 @@ class Config:
     log_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
+    checkpoint_minutes: float = 10.0
     eval_lengths: tuple[int, ...] = (16, 32, 64)
     eval_batch: int = 256
     target_accuracy: float | None = None
     baseline: bool = False
 
     def __post_init__(self) -> None:
-        # "S3" and "s3" are the same run.
+        # "S3" and "s3" are the same run, wherever it goes on: paths are whole ones.
         object.__setattr__(self, "task", _checked_task(self.task))
         _check_kinds(self)
         for name, least in _LEAST.items():
@@ -133,6 +166,10 @@ class Config:
                 f"curriculum: {[list(pair) for pair in self.curriculum]} should be [step, length] pairs with "
                 "steps rising from 0 and positive lengths"
             )
+        if isinstance(self.iterations, dict):
+            object.__setattr__(self, "iterations", _checked_draw(self.iterations))
+        elif self.iterations is not None and self.iterations < 1:
+            raise ConfigError(f"iterations: {self.iterations} is below 1")
 
     def length_at(self, step: int) -> int:
         """The length of the sequences of that step."""
@@ -174,7 +211,12 @@ class Config:
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-_CHOICES = {"dtype": ("float32", "float64"), "schedule": ("constant", "cosine")}
+_CHOICES = {
+    "device": ("cpu", "gpu"),
+    "dtype": ("float32", "float64"),
+    "precision": ("float32", "tf32", "bfloat16"),
+    "schedule": ("constant", "cosine"),
+}
 _LEAST = {
     "seed": 0,
     "steps": 1,
@@ -186,6 +228,7 @@ _LEAST = {
     "log_every": 1,
     "eval_every": 1,
     "checkpoint_every": 1,
+    "checkpoint_minutes": 0,
     "eval_batch": 1,
 }
 
@@ -203,6 +246,18 @@ def _checked_task(name: object) -> str:
         return tasks.get(name).name
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _checked_draw(draw: Mapping[str, Any]) -> dict[str, Any]:
+    """A distribution of iterations, all of it said; those of the paper where nothing is."""
+    said = {"draw": "gamma", "shape": 4.0, "scale": 1.0, **draw}
+    numbers = [said["shape"], said["scale"]]
+    positive = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < 1e6 for n in numbers)
+    if said["draw"] != "gamma" or len(said) != 3 or not positive:
+        raise ConfigError(
+            f'iterations: {dict(draw)} should be a number or {{"draw": "gamma", "shape": 4, "scale": 1}}, both positive'
+        )
+    return said
 
 
 def _check_kinds(config: Config) -> None:

@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from fpnumba import nn
-from fpnumba.tasks import WordProblem
-from fpnumba.train.build import build_model, load_run, stream, with_solver
+from fpnumba import nn, tasks
+from fpnumba.arrays import namespace, to_numpy
+from fpnumba.tasks import Task
+from fpnumba.train.build import build_model, load_run, placed, stream, with_solver
 from fpnumba.train.checkpoint import Arrays, write_atomically
 from fpnumba.train.config import Config, ConfigError
-from fpnumba.train.folder import Folder, versions
+from fpnumba.train.folder import Folder, RunError, versions
 
 FORMAT = "fpnumba-evaluation"
 VERSION = 1
 CUTS = (1, 2, 4, 8)
 # Where parallel iterations are counted: how exactly, and over how many sequences.
 COUNT_RTOL, COUNT_BATCH = 1e-4, 64
+# Options of a solver that let every sequence go its own way, whatever the network was trained with.
+PLAIN: dict[str, Any] = {"chunk": None, "criterion": "max", "quantile": None, "on_failure": "ignore"}
 # Tokens that pass through the network at a time.
 _TOKENS = 16384
 
@@ -39,28 +42,35 @@ def summary_of(record: Sequence[Any]) -> dict[str, Any]:
 
 
 def judge(
-    model: nn.Model, params: Arrays, task: WordProblem, config: Config, length: int, batch: int | None = None
+    model: nn.Model, params: Arrays, task: Task, config: Config, length: int, batch: int | None = None
 ) -> dict[str, Any]:
-    """Score a network on fresh sequences of one length; the same sequences for the same seed and length.
+    """Score a network on held-out sequences of one length; the same sequences for the same seed and length.
 
     Returns
     -------
     dict
-        ``length``, ``accuracy`` over all tokens, ``last_accuracy`` over the last token of each sequence,
-        ``loss``, and of the fixed-point layers ``iterations`` (mean), ``iterations_max`` and ``unconverged``
-        (share of sequences).
+        ``length``, ``accuracy`` over all tokens that are scored (NaN if none is), ``scaled_accuracy`` (0 for guessing,
+        1 for all right), ``last_accuracy`` over the last scored token of each sequence, ``loss``, and of the
+        fixed-point layers ``iterations`` (mean), ``iterations_max`` and ``unconverged`` (share of sequences).
     """
     batch = config.eval_batch if batch is None else batch
-    tokens, targets = task.sample(stream(config.seed, "evaluation", length), batch, length)
+    tokens, targets = task.held_out.sample(stream(config.seed, "evaluation", length), batch, length)
     record: list[Any] = []
-    size = max(1, _TOKENS // length)
-    parts = [model(params, tokens[start : start + size], record=record) for start in range(0, batch, size)]
-    logits = np.concatenate(parts)
-    right = logits.argmax(axis=-1) == targets
+    size = max(1, _TOKENS // tokens.shape[1])
+    there = namespace(next(iter(params.values()))).asarray(tokens)
+    parts = [model(params, there[start : start + size], record=record) for start in range(0, batch, size)]
+    logits = np.concatenate([to_numpy(part) for part in parts])
+    accuracy = float(nn.accuracy(logits, targets))
+    scored = targets != tasks.UNSCORED
+    last = np.where(scored, np.arange(targets.shape[1]), -1).max(axis=1)
+    whole, last = last >= 0, np.maximum(last, 0)
+    every = np.arange(batch)
+    last_targets = np.where(whole, targets[every, last], tasks.UNSCORED)
     return {
         "length": length,
-        "accuracy": float(right.mean()),
-        "last_accuracy": float(right[:, -1].mean()),
+        "accuracy": accuracy,
+        "scaled_accuracy": tasks.scaled_accuracy(accuracy, task.chance),
+        "last_accuracy": float(nn.accuracy(logits[every, last], last_targets)),
         "loss": float(nn.cross_entropy(logits, targets)),
         **summary_of(record),
     }
@@ -90,8 +100,8 @@ def evaluate(
     -------
     dict
         What is written to ``evaluation.json`` (or ``evaluation-2.json`` and so on): ``networks`` is a list of
-        ``{name, kind, iterations, results}`` with one result per length (see :func:`judge`; of the network itself
-        also :func:`count`).
+        ``{name, kind, iterations, results}`` with one result per length (see :func:`judge`; of a network with a fixed
+        point also :func:`count`). A network without one is judged alone.
 
     Raises
     ------
@@ -118,15 +128,20 @@ def evaluate(
         results = [judge(network, params, task, config, length, batch) for length in lengths]
         return {"name": name, "kind": kind, "iterations": cut, "results": results}
 
-    networks = [judged("fixed point", "network", model, saved.params)]
+    name, params = (
+        "fixed point" if model.iterates else str(model.layer_options["kind"]),
+        placed(config, saved.params),
+    )
+    networks = [judged(name, "network", model, params)]
     for result in networks[0]["results"]:
-        result["parallel"] = count(config, saved.params, task, result["length"])
+        at = result["length"]
+        result["parallel"] = count(config, params, task, at) if model.iterates else {}
     if folder.baseline.holds_run():
         _, _, held, theirs = load_run(folder.baseline)
-        networks.append(judged("held to one iteration", "baseline", held, theirs.params, 1))
-    for cut in sorted(set(cuts)):
+        networks.append(judged("held to one iteration", "baseline", held, placed(config, theirs.params), 1))
+    for cut in sorted(set(cuts)) if model.iterates else ():
         name = f"cut to {cut} iteration{'s' if cut > 1 else ''}"
-        networks.append(judged(name, "cut", build_model(config, **truncated(cut)), saved.params, cut))
+        networks.append(judged(name, "cut", build_model(config, **truncated(cut)), params, cut))
     judgement = {
         "format": FORMAT,
         "version": VERSION,
@@ -136,6 +151,7 @@ def evaluate(
         "trained_length": config.length,
         "batch": config.eval_batch if batch is None else batch,
         "classes": task.vocab_out,
+        "chance": task.chance,
         "made_with": versions(),
         "networks": networks,
     }
@@ -144,33 +160,62 @@ def evaluate(
     return judgement
 
 
-def count(config: Config, params: Arrays, task: WordProblem, length: int) -> dict[str, Any]:
+def read_evaluation(folder: Folder) -> dict[str, Any]:
+    """The newest judgement of a run.
+
+    Raises
+    ------
+    RunError
+        If there is none, or one that cannot be read.
+    """
+    newest = folder.newest_evaluation()
+    if newest is None:
+        raise RunError(f"run: {folder.path} has not been evaluated; fpnumba evaluate {folder.path} does that")
+    try:
+        judgement = json.loads(newest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"run: {newest} cannot be read ({error})") from None
+    if not isinstance(judgement, dict) or judgement.get("format") != FORMAT:
+        raise RunError(f"run: {newest} is no evaluation of an fpnumba run")
+    return judgement
+
+
+def count(config: Config, params: Arrays, task: Task, length: int) -> dict[str, Any]:
     """How many parallel iterations, over all steps at once, the fixed point takes at one length.
 
     Whatever way the network was solved in training: the count is what moves a layer from diagonal (one iteration) to
     dense (all that it takes).
     """
-    solver = {"method": "parallel", "rtol": COUNT_RTOL, "max_iter": 16 * length, "on_failure": "ignore"}
+    solver = {**PLAIN, "method": "parallel", "rtol": COUNT_RTOL, "max_iter": 16 * length}
     record: list[Any] = []
     model = build_model(config, **solver)
-    tokens, _ = task.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
-    model(params, tokens, record=record)
+    tokens, _ = task.held_out.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
+    model(params, namespace(next(iter(params.values()))).asarray(tokens), record=record)
     return {"rtol": COUNT_RTOL, "batch": COUNT_BATCH, **summary_of(record)}
 
 
 def truncated(iterations: int) -> dict[str, Any]:
     """Options of a solver that stops after so many parallel iterations: part of the model, not a failure."""
-    return {"method": "parallel", "max_iter": iterations, "on_failure": "ignore"}
+    return {**PLAIN, "method": "parallel", "max_iter": iterations}
 
 
 def baseline_of(config: Config) -> Config:
     """The same network, trained in the same way, held to one iteration: a diagonal RNN.
 
     Its gradient is exact as well: one application of the iteration, differentiated.
+
+    Raises
+    ------
+    ConfigError
+        If the network has no iteration.
     """
+    if not build_model(config).iterates:
+        kind = config.model["layer"]["kind"]
+        raise ConfigError(f"baseline: a layer of kind {kind!r} has no iteration to hold to one")
     layer = with_solver(config.model.get("layer", {}), truncated(1))
     layer["adjoint"] = {"method": "one-step"}
-    return config.replace(model={**config.model, "layer": layer}, baseline=False, target_accuracy=None)
+    model = {**config.model, "layer": layer}
+    return config.replace(model=model, iterations=None, baseline=False, target_accuracy=None)
 
 
 def _counted(parallel: dict[str, Any]) -> str:
@@ -201,8 +246,20 @@ def table(judgement: dict[str, Any]) -> str:
         indent = "  " if network["kind"] == "cut" else ""
         lines.append(row(indent + network["name"], [f"{result['accuracy']:.3f}" for result in results]))
         if network["kind"] == "network":
-            cells = [f"{result['last_accuracy']:.3f}" for result in results]
-            lines.append(row("  its last token alone", cells))
-            lines.append(row("  parallel iterations", [_counted(result["parallel"]) for result in results]))
-    lines.append(row("guessing", [f"{1 / judgement['classes']:.3f}"] * len(lengths)))
+            for label, key in (
+                ("its last token alone", "last_accuracy"),
+                ("scaled past guessing", "scaled_accuracy"),
+            ):
+                if all(key in result for result in results):
+                    lines.append(row(f"  {label}", [f"{result[key]:.3f}" for result in results]))
+            if any(result["parallel"] for result in results):
+                lines.append(
+                    row("  parallel iterations", [_counted(result["parallel"]) for result in results])
+                )
+    lines.append(row("guessing", [f"{chance_of(judgement):.3f}"] * len(lengths)))
     return "\n".join(lines)
+
+
+def chance_of(judgement: dict[str, Any]) -> float:
+    """The accuracy of guessing; judgements of earlier versions do not say it."""
+    return float(judgement.get("chance", 1 / judgement["classes"]))

@@ -3,8 +3,10 @@
 config.json                what the run is, and the versions that made it
 metrics.jsonl              one line per logged step or evaluation, flushed as it is written
 checkpoint.safetensors     the newest state, replaced atomically
+checkpoint-*.safetensors   its shards, where it is larger than one file may be
 evaluation.json            a judgement of the trained network; a second one is evaluation-2.json, and so on
-accuracy.png, loss.png     pictures, and their .svg twins
+accuracy.png, loss.png     pictures, and their .svg twins; iterations.png, residuals.png and ways.png where asked for
+iterations.json, ways.json the numbers of the pictures of these names
 baseline/                  the same network held to one iteration: a run of its own
 """
 

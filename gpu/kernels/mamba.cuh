@@ -104,32 +104,34 @@ __device__ __forceinline__ void eliminate(real (&m)[R][R], real (&x)[R]) {
   }
 }
 
-// A row of N numbers; those beyond N are zero.
+// VECTOR numbers of a row of N, from number `begin` on; those beyond N are zero. Then whole rows.
 constexpr int VECTOR = FULL ? (STATES * (int)sizeof(store) >= 16 ? 16 / (int)sizeof(store) : STATES) : 1;
+__device__ __forceinline__ void load_part(const store* from, int size, int begin, real (&v)[VECTOR]) {
+  if constexpr (FULL) {
+    const Pack<store, VECTOR> some = *(const Pack<store, VECTOR>*)(from + begin);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) v[k] = widen(some.v[k]);
+  } else {
+    v[0] = begin < size ? widen(from[begin]) : (real)0;
+  }
+}
+__device__ __forceinline__ void store_part(store* to, int size, int begin, const real (&v)[VECTOR]) {
+  if constexpr (FULL) {
+    Pack<store, VECTOR> some;
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) some.v[k] = narrow(v[k]);
+    *(Pack<store, VECTOR>*)(to + begin) = some;
+  } else {
+    if (begin < size) to[begin] = narrow(v[0]);
+  }
+}
 __device__ __forceinline__ void load_row(const store* from, int size, real (&v)[STATES]) {
 #pragma unroll
-  for (int n = 0; n < STATES; n += VECTOR) {
-    if constexpr (FULL) {
-      const Pack<store, VECTOR> some = *(const Pack<store, VECTOR>*)(from + n);
-#pragma unroll
-      for (int k = 0; k < VECTOR; ++k) v[n + k] = widen(some.v[k]);
-    } else {
-      v[n] = n < size ? widen(from[n]) : (real)0;
-    }
-  }
+  for (int n = 0; n < STATES; n += VECTOR) load_part(from, size, n, *(real(*)[VECTOR])(v + n));
 }
 __device__ __forceinline__ void store_row(store* to, int size, const real (&v)[STATES]) {
 #pragma unroll
-  for (int n = 0; n < STATES; n += VECTOR) {
-    if constexpr (FULL) {
-      Pack<store, VECTOR> some;
-#pragma unroll
-      for (int k = 0; k < VECTOR; ++k) some.v[k] = narrow(v[n + k]);
-      *(Pack<store, VECTOR>*)(to + n) = some;
-    } else {
-      if (n < size) to[n] = narrow(v[n]);
-    }
-  }
+  for (int n = 0; n < STATES; n += VECTOR) store_part(to, size, n, *(const real(*)[VECTOR])(v + n));
 }
 
 // The arrays of a step that a thread of either kernel looks at, for one sequence and step.
@@ -139,19 +141,19 @@ struct Inputs {
 
   __device__ real vector(int i, int d) const { return widen(u[(i64)i * dim + d]); }
   __device__ real step(int d) const { return widen(delta[HEADS ? d / (dim / heads) : d]); }
-  // exp(dt A) of all states of a channel, and A where that is wanted
-  __device__ __forceinline__ void decays(int d, real dt, real (&rate)[STATES], real (&decay)[STATES]) const {
+  // A and exp(dt A) of VECTOR states of a channel, from number `begin` on
+  __device__ __forceinline__ void decays(int d, real dt, int begin, real (&rate)[VECTOR], real (&decay)[VECTOR]) const {
     if constexpr (HEADS) {
       const real own = widen(A[d / (dim / heads)]), whole = exponential(dt * own);
 #pragma unroll
-      for (int n = 0; n < STATES; ++n) {
-        rate[n] = own;
-        decay[n] = whole;
+      for (int k = 0; k < VECTOR; ++k) {
+        rate[k] = own;
+        decay[k] = whole;
       }
     } else {
-      load_row(A + (i64)d * size, size, rate);
+      load_part(A + (i64)d * size, size, begin, rate);
 #pragma unroll
-      for (int n = 0; n < STATES; ++n) decay[n] = exponential(dt * rate[n]);
+      for (int k = 0; k < VECTOR; ++k) decay[k] = exponential(dt * rate[k]);
     }
   }
   __device__ real opening(int d) const { return GATED ? widen(gate[d]) : (real)1; }
@@ -197,11 +199,11 @@ __device__ __forceinline__ real warp_total(real v) {
   return v;
 }
 
-// Arguments: those of x_t for all steps, mixer (B, T, R D + R), b and c (B, T, N); and `fed` (B, width) of y_{t-1}, in which
+// Arguments: those of x_t for all steps, mixer (B, T, stride >= R D + R), b and c (B, T, N); and `fed` (B, width) of y_{t-1}, in which
 // each stands from `at_` on, or is missing if that is negative.
 struct Arguments {
   const store *mixer, *b, *c, *fed;
-  int width, at_mixer, at_b, at_c;
+  int width, stride, at_mixer, at_b, at_c;
 
   __device__ __forceinline__ real from(const store* own, i64 row, int size, int at, i64 sequence, int k) const {
     const real v = widen(own[row * size + k]);

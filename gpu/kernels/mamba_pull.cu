@@ -7,35 +7,48 @@
 // a system of RANK numbers. N^T is linear in sums over the channels, so that one round of sums gives N^T of `right` and
 // of each u_i, and all inner products of them. Then the step is differentiated once, with z for the cotangent of y_t.
 //
-// Block k takes the sequences k, k + blocks, ... and adds up in registers what all of them share. Memory traffic: rows
-// and u once, H_{t-1} and G twice (the second time from the caches), the new G once.
+// Block k takes the sequences k, k + blocks, ... and adds up what all of them share; the cotangents of the rates in shared
+// memory (RATES_SHARED) so that RESIDENT blocks fit a multiprocessor. Memory traffic: rows and u once, H_{t-1} and G twice (the
+// second time from the caches), the new G once.
 #include "mamba.cuh"
+
+constexpr int RATES = HEADS ? 1 : STATES;
+constexpr bool ROOMY = RATES_SHARED;
 
 // As in mamba_solve.cu, at the step `t` alone. `more` (B, D) or null is what comes to y_bar from the next step; past, G,
 // before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar, gate_bar, delta_bar (B, T, D), the last
 // for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
 // (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
 // arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
            const store* y, const store* y_bar, const store* more_bar, i64 batch, i64 steps, i64 t, int dim, int size,
            int heads, double eps, store* before, store* z, store* u_bar, store* gate_bar, store* delta_bar, store* B_bar,
            store* C_bar, store* rate_bar, store* skip_bar, store* weight_bar, store* bias_bar, const store* arguments,
-           const store* norms, int width, int at_mixer, int at_b, int at_c, double alpha_max, double unit_eps,
+           const store* norms, int width, int stride, int at_mixer, int at_b, int at_c, double alpha_max, double unit_eps,
            double bc_eps, store* x_bar, store* mixer_bar, store* fed_bar) {
   constexpr int FIRST = 2 * R + GRAM;
   // var; of `right` and each u: sums with the weight, and with v too; through: right, pairs, u, u v
   constexpr int WITH = 1, ALONG = WITH + R + 1, RIGHT = ALONG + R + 1, BOTH = RIGHT + R, PLAIN = BOTH + PAIRS,
                 NORMAL = PLAIN + R, SECOND = NORMAL + R;
-  constexpr int RATES = HEADS ? 1 : STATES;
   SHARED(memory);
   real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES;  // tau, S^T U later, k
   real *first = told + 3 * R, *middle_room = first + sums_size<FIRST, THREADS>();
   real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
   real* onto_room = last + sums_size<2 * STATES, THREADS>();
   const real channels = (real)dim;
-  real rates[CHANNELS][RATES] = {}, skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
+  real *shared_rates = onto_room + sums_size<1, THREADS>();
+  real own_rates[ROOMY ? 1 : CHANNELS][RATES] = {};
+  auto rates = [&](int c, int n) -> real& {
+    if constexpr (ROOMY)
+      return shared_rates[(c * RATES + n) * THREADS + threadIdx.x];
+    else
+      return own_rates[c][n];
+  };
+  if constexpr (ROOMY)
+    for (int k = 0; k < CHANNELS * RATES; ++k) shared_rates[k * THREADS + threadIdx.x] = 0;
+  real skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
   for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
   for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
     const i64 row = b * steps + t;
@@ -58,14 +71,17 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       if (d < dim) {
         const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[row * dim + d]);
         const i64 at = (b * dim + d) * size;
-        real rate[STATES], decay[STATES], was[STATES], coming[STATES];
-        in.decays(d, dt, rate, decay);
-        load_row(past + at, size, was);
-        load_row(G + at, size, coming);
 #pragma unroll
-        for (int n = 0; n < STATES; ++n) {
-          r[c] += was[n] * decay[n] * rowC[n];
-          later[c] += coming[n] * rowB[n];
+        for (int from = 0; from < STATES; from += VECTOR) {
+          real rate[VECTOR], decay[VECTOR], was[VECTOR], coming[VECTOR];
+          in.decays(d, dt, from, rate, decay);
+          load_part(past + at, size, from, was);
+          load_part(G + at, size, from, coming);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            r[c] += was[k] * decay[k] * rowC[from + k];
+            later[c] += coming[k] * rowB[from + k];
+          }
         }
         later[c] *= dt;
 #pragma unroll
@@ -178,51 +194,73 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       with += told[2 * R + i] * mean_with(i);
       along += told[2 * R + i] * mean_along(i);
     }
-    real s3[2 * STATES] = {}, e[CHANNELS], onto[1] = {0};
+    real e[CHANNELS], o_bar[CHANNELS], fed[CHANNELS] = {}, slope[CHANNELS] = {}, onto[1] = {0};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const int d = c * THREADS + threadIdx.x;
+      o_bar[c] = 0;
+      if (d < dim) {
+        real zd = right[c];
+#pragma unroll
+        for (int i = 0; i < R; ++i) zd += told[2 * R + i] * in.vector(i, d);
+        const real v_bar = scale * (zd * widen(weight[d]) - with - v[c] * along);
+        o_bar[c] = in.opening(d) * v_bar;
+        z[row * dim + d] = narrow(zd);
+        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+        skips[c] += o_bar[c] * mixed[c];
+        weights[c] += zd * v[c] * scale;
+        biases[c] += zd;
+      }
+    }
+    // VECTOR numbers of the state at a time; what is summed over the channels follows, of B and of C in turn
+#pragma unroll
+    for (int from = 0; from < STATES; from += VECTOR) {
+      real s3[2 * VECTOR] = {};
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const int d = c * THREADS + threadIdx.x;
+        if (d < dim) {
+          const real dt = in.step(d), drive = dt * mixed[c];
+          const i64 at = (b * dim + d) * size;
+          real rate[VECTOR], decay[VECTOR], was[VECTOR], coming[VECTOR];
+          in.decays(d, dt, from, rate, decay);
+          load_part(past + at, size, from, was);
+          load_part(G + at, size, from, coming);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            const int n = from + k;
+            const real now = was[k] * decay[k], bar = n < size ? coming[k] + o_bar[c] * rowC[n] : (real)0;
+            s3[k] += drive * bar;
+            s3[VECTOR + k] += o_bar[c] * (now + drive * rowB[n]);
+            fed[c] += bar * rowB[n];
+            slope[c] += bar * now * rate[k];
+            rates(c, HEADS ? 0 : n) += bar * now * dt;
+            coming[k] = bar * decay[k];
+          }
+          store_part(before + at, size, from, coming);
+        }
+      }
+      sums_part<2 * VECTOR, THREADS>(s3, last, 2 * from);
+    }
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
       e[c] = 0;
       if (d < dim) {
-        real zd = right[c];
-#pragma unroll
-        for (int i = 0; i < R; ++i) zd += told[2 * R + i] * in.vector(i, d);
-        const real wt = widen(weight[d]), g = in.opening(d), dt = in.step(d), own = widen(skip[d]);
-        const real v_bar = scale * (zd * wt - with - v[c] * along), o_bar = g * v_bar, drive = dt * mixed[c];
-        const i64 at = (b * dim + d) * size;
-        real rate[STATES], decay[STATES], was[STATES], coming[STATES], fed = 0, slope = 0;
-        in.decays(d, dt, rate, decay);
-        load_row(past + at, size, was);
-        load_row(G + at, size, coming);
-#pragma unroll
-        for (int n = 0; n < STATES; ++n) {
-          const real now = was[n] * decay[n], bar = n < size ? coming[n] + o_bar * rowC[n] : (real)0;
-          s3[n] += drive * bar;
-          s3[STATES + n] += o_bar * (now + drive * rowB[n]);
-          fed += bar * rowB[n];
-          slope += bar * now * rate[n];
-          rates[c][HEADS ? 0 : n] += bar * now * dt;
-          coming[n] = bar * decay[n];
-        }
-        store_row(before + at, size, coming);
-        e[c] = own * o_bar + dt * fed;
-        z[row * dim + d] = narrow(zd);
-        delta_bar[row * dim + d] = narrow(mixed[c] * fed + slope);
-        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+        e[c] = widen(skip[d]) * o_bar[c] + in.step(d) * fed[c];
+        delta_bar[row * dim + d] = narrow(mixed[c] * fed[c] + slope[c]);
         if constexpr (MADE)
           onto[0] += in.vector(0, d) * e[c];
         else
           u_bar[row * dim + d] = narrow(e[c]);
-        skips[c] += o_bar * mixed[c];
-        weights[c] += zd * v[c] * scale;
-        biases[c] += zd;
       }
     }
-    const real* rows = group_sums<2 * STATES, THREADS>(s3, last);
+    const real* totals = sums_total<2 * STATES, THREADS>(last);
+    auto row_bar = [&](int which, int n) { return totals[n / VECTOR * 2 * VECTOR + which * VECTOR + n % VECTOR]; };
     if constexpr (!MADE) {
       for (int n = threadIdx.x; n < size; n += THREADS) {
-        B_bar[row * size + n] = narrow(rows[n]);
-        C_bar[row * size + n] = narrow(rows[STATES + n]);
+        B_bar[row * size + n] = narrow(row_bar(0, n));
+        C_bar[row * size + n] = narrow(row_bar(1, n));
       }
     } else {
       // Q = I - alpha u u^T:  alpha_bar = -(u . e) (u . d), u_bar = -alpha ((u . d) e + (u . e) d) with d = x - y
@@ -237,26 +275,30 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
           const real bar = -strength * (with_d * e[c] + with_e * gap);
           const real own = activate_slope(widen(arguments[row * dim + d])) * (bar - turn * ud) * inverse;
           x_bar[row * dim + d] = narrow(e[c] - strength * with_e * ud);
-          mixer_bar[row * (dim + 1) + d] = narrow(own);
+          mixer_bar[row * stride + d] = narrow(own);
           if (at_mixer >= 0) fed_bar[b * width + at_mixer + d] = narrow(own);
         }
       }
+      for (int k = dim + 1 + threadIdx.x; k < stride; k += THREADS) {  // what is there to fill up
+        mixer_bar[row * stride + k] = narrow((real)0);
+        if (at_mixer >= 0) fed_bar[b * width + at_mixer + k] = narrow((real)0);
+      }
       if (threadIdx.x == 0) {
         const real own = -with_e * with_d * strength * (1 - strength / (real)alpha_max);
-        mixer_bar[row * (dim + 1) + dim] = narrow(own);
+        mixer_bar[row * stride + dim] = narrow(own);
         if (at_mixer >= 0) fed_bar[b * width + at_mixer + dim] = narrow(own);
       }
       const int lane = threadIdx.x % 32;
       for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
-        const real *bar = rows + which * STATES, *own = which ? rowC : rowB;
+        const real* own = which ? rowC : rowB;
         const real its = widen(norms[row * 3 + 1 + which]);
         real back = 0;
-        for (int n = lane; n < size; n += 32) back += own[n] * bar[n];
+        for (int n = lane; n < size; n += 32) back += own[n] * row_bar(which, n);
         back = bc_eps >= 0 && its >= (real)bc_eps ? warp_total(back) : (real)0;
         const real over = bc_eps >= 0 ? 1 / larger(its, (real)bc_eps) : (real)1;
         const int at = which ? at_c : at_b;
         for (int n = lane; n < size; n += 32) {
-          const real found = (bar[n] - back * own[n]) * over;
+          const real found = (row_bar(which, n) - back * own[n]) * over;
           (which ? C_bar : B_bar)[row * size + n] = narrow(found);
           if (at >= 0) fed_bar[b * width + at + n] = narrow(found);
         }
@@ -275,7 +317,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       for (int n = 0; n < RATES; ++n)
         if (HEADS || n < size) {
           store* to = rate_bar + (HEADS ? at : at * size + n);
-          *to = narrow(widen(*to) + rates[c][n]);
+          *to = narrow(widen(*to) + rates(c, n));
         }
     }
   }

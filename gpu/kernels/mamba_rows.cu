@@ -23,7 +23,7 @@ __device__ __forceinline__ const real* unit_sums(const Arguments& of, i64 row, i
     const int d = c * THREADS + threadIdx.x;
     one.v[c] = one.argument[c] = 0;
     if (d < dim) {
-      one.argument[c] = of.from(of.mixer, row, dim + 1, of.at_mixer, row, d);
+      one.argument[c] = of.from(of.mixer, row, of.stride, of.at_mixer, row, d);
       one.v[c] = activate(one.argument[c]);
       sums[0] += one.v[c] * one.v[c];
 #pragma unroll
@@ -35,19 +35,19 @@ __device__ __forceinline__ const real* unit_sums(const Arguments& of, i64 row, i
 
 // mixer, b, c and fed as of `Arguments`, but fed (B T, width) is of all steps; x, y, mixed (B, T, D); B, C (B, T, N)
 extern "C" __global__ void __launch_bounds__(THREADS)
-mix_rows(const store* mixer, const store* b, const store* c_, const store* fed, int width, int at_mixer, int at_b, int at_c,
+mix_rows(const store* mixer, const store* b, const store* c_, const store* fed, int width, int stride, int at_mixer, int at_b, int at_c,
          const store* x, const store* y, int dim, int size, double alpha_max, double unit_eps, double bc_eps, store* mixed,
          store* B, store* C) {
   SHARED(memory);
   const i64 row = blockIdx.x;
-  const Arguments of = {mixer, b, c_, fed, width, at_mixer, at_b, at_c};
+  const Arguments of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
   Unit one;
   real gap[CHANNELS];
   const real* sums = unit_sums<2>(of, row, dim, one, [&](int, int c, int d) {
     return gap[c] = widen(x[row * dim + d]) - widen(y[row * dim + d]);
   }, (real*)memory);
   const real inverse = 1 / larger(sqrt(sums[0]), (real)unit_eps);
-  const real strength = (real)alpha_max * sigmoid(of.from(mixer, row, dim + 1, at_mixer, row, dim));
+  const real strength = (real)alpha_max * sigmoid(of.from(mixer, row, stride, at_mixer, row, dim));
   const real along = strength * inverse * inverse * sums[1];
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
@@ -72,13 +72,13 @@ mix_rows(const store* mixer, const store* b, const store* c_, const store* fed, 
 
 // mixed_bar (B, T, D), B_bar and C_bar (B, T, N) to the cotangents of x, of the arguments and of `fed`
 extern "C" __global__ void __launch_bounds__(THREADS)
-mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* fed, int width, int at_mixer, int at_b,
+mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* fed, int width, int stride, int at_mixer, int at_b,
              int at_c, const store* x, const store* y, int dim, int size, double alpha_max, double unit_eps, double bc_eps,
              const store* mixed_bar, const store* B_bar, const store* C_bar, store* x_bar, store* mixer_bar,
              store* b_bar, store* c_bar, store* fed_bar) {
   SHARED(memory);
   const i64 row = blockIdx.x;
-  const Arguments of = {mixer, b, c_, fed, width, at_mixer, at_b, at_c};
+  const Arguments of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
   Unit one;
   real gap[CHANNELS], e[CHANNELS];
 #pragma unroll
@@ -91,7 +91,7 @@ mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* f
       unit_sums<3>(of, row, dim, one, [&](int k, int c, int) { return k == 1 ? gap[c] : e[c]; }, (real*)memory);
   const real length = sqrt(sums[0]), inverse = 1 / larger(length, (real)unit_eps);
   const real with_d = inverse * sums[1], with_e = inverse * sums[2];
-  const real open = sigmoid(of.from(mixer, row, dim + 1, at_mixer, row, dim)), strength = (real)alpha_max * open;
+  const real open = sigmoid(of.from(mixer, row, stride, at_mixer, row, dim)), strength = (real)alpha_max * open;
   const real turn = length >= (real)unit_eps ? -2 * strength * with_d * with_e : (real)0;
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
@@ -100,13 +100,17 @@ mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* f
       const real u = one.v[c] * inverse, bar = -strength * (with_d * e[c] + with_e * gap[c]);
       const real own = activate_slope(one.argument[c]) * (bar - turn * u) * inverse;
       x_bar[row * dim + d] = narrow(e[c] - strength * with_e * u);
-      mixer_bar[row * (dim + 1) + d] = narrow(own);
+      mixer_bar[row * stride + d] = narrow(own);
       if (at_mixer >= 0) fed_bar[row * width + at_mixer + d] = narrow(own);
     }
   }
+  for (int k = dim + 1 + threadIdx.x; k < stride; k += THREADS) {  // what is there to fill up
+    mixer_bar[row * stride + k] = narrow((real)0);
+    if (at_mixer >= 0) fed_bar[row * width + at_mixer + k] = narrow((real)0);
+  }
   if (threadIdx.x == 0) {
     const real own = -with_e * with_d * strength * (1 - open);
-    mixer_bar[row * (dim + 1) + dim] = narrow(own);
+    mixer_bar[row * stride + dim] = narrow(own);
     if (at_mixer >= 0) fed_bar[row * width + at_mixer + dim] = narrow(own);
   }
   const int lane = threadIdx.x % 32;

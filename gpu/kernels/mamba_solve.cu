@@ -9,11 +9,13 @@
 
 constexpr bool HOLD = CHANNELS * STATES * (int)sizeof(real) <= 128;
 
-// Once a step has been iterated so near to its end that the geometric series has less than this of its size left,
-// Newton's method may take over, and may not go much further: there may be other solutions.
+// With more numbers than one: once a step has been iterated so near to its end that the geometric series has less than
+// this of its size left, Newton's method may take over, and may not go much further: there may be other solutions.
 constexpr real NEAR = (real)1e-3;
 // An iteration that goes back and forth, so many times without getting closer, is damped by half.
 constexpr int PATIENCE = 4;
+// With one number: so many iterations at most follow the map's shape.
+constexpr int BOLD = 24;
 
 struct Small {
   real e[R], f[R], pq[R], qq[PAIRS], G[R][R], pp, eps;
@@ -40,6 +42,25 @@ struct Small {
     }
     return inverse;
   }
+  // With RANK 1: the derivative of `map`, (a + b tau) / var^(3/2), and where it is zero or its own derivative is.
+  __device__ __forceinline__ real slope(real tau, real inverse) const {
+    if (MODE == 0) return G[0][0];
+    const real a = G[0][0] * (pp + eps) - e[0] * pq[0], b = G[0][0] * pq[0] - e[0] * qq[0];
+    return (a + b * tau) * inverse * inverse * inverse;
+  }
+  __device__ __forceinline__ void turns(real (&tau)[3]) const {
+    tau[0] = tau[1] = tau[2] = 0;
+    if (MODE == 0) return;
+    const real var = pp + eps, a = G[0][0] * var - e[0] * pq[0], b = G[0][0] * pq[0] - e[0] * qq[0];
+    const real second = -2 * b * qq[0], first = -(b * pq[0] + 3 * a * qq[0]), none = b * var - 3 * a * pq[0];
+    const real inside = first * first - 4 * second * none;
+    if (b != 0) tau[0] = -a / b;
+    if (inside >= 0) {
+      const real z = (real)-0.5 * (first + (first < 0 ? -sqrt(inside) : sqrt(inside)));
+      if (second != 0) tau[1] = z / second;
+      if (z != 0) tau[2] = none / z;
+    }
+  }
   // How far rounding alone may move what `map` gives.
   __device__ __forceinline__ real noise(const real (&tau)[R], real inverse) const {
     real largest = 0;
@@ -65,6 +86,11 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
     for (int i = 0; i < R; ++i) shifted[i] = from[i] - xi[i];
     times(S, shifted, to);
   };
+  real bends[3] = {};
+  if (R == 1) {
+    of.turns(bends);
+    for (int k = 0; k < 3; ++k) bends[k] = S[0][0] != 0 && is_finite(bends[k]) ? bends[k] / S[0][0] + xi[0] : (real)0;
+  }
 #pragma unroll
   for (int i = 0; i < R; ++i) sigma[i] = 0;
   move(sigma, tau);
@@ -92,7 +118,41 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
       damping /= 2;
       swings = 0;
     }
-    if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
+    if constexpr (R == 1) {
+      const real slope = of.slope(tau[0], inverse) * S[0][0], gap = 1 - slope, ahead = next[0] - sigma[0];
+      if (!done && slope >= 0 && count <= BOLD) {
+        // Where the map grows, its iterates go towards the nearest fixed point that way. Newton's step, or one to where the
+        // map bends or turns if that is nearer, passes it by no more than itself.
+        real far = slope < 1 ? magnitude(ahead) / gap : LARGEST;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          const real there = (bends[k] - sigma[0]) * (ahead > 0 ? (real)1 : (real)-1);
+          if (there > (real)1e-4 * larger(size, magnitude(bends[k])) && there < far) far = there;
+        }
+        if (far == LARGEST) far = magnitude(ahead);
+        sigma[0] += ahead > 0 ? far : -far;
+        move(sigma, tau);
+        inverse = of.map(tau, next);
+        known = false;
+        continue;
+      }
+      // Newton's method, where the slope hardly changes on the way (Kantorovich: there is one solution nearby) and the
+      // iteration would go there as well
+      if (!done && magnitude(1 - damping * gap) < 1) {
+        real jump[R] = {sigma[0] + ahead / gap}, there[R], reached[R];
+        move(jump, reached);
+        const real then = of.map(reached, there), gap_there = 1 - of.slope(reached[0], then) * S[0][0];
+        if (magnitude(gap_there - gap) <= (real)0.5 * magnitude(gap) &&
+            magnitude(there[0] - jump[0]) < (real)0.5 * moved) {
+          sigma[0] = jump[0];
+          next[0] = there[0];
+          tau[0] = reached[0];
+          inverse = then;
+          known = false;
+          continue;
+        }
+      }
+    } else if (!done && ratio < 1 && last < 1 && moved <= NEAR * (1 - ratio) * size) {
       // (I - F' S) jump = next - sigma
       real jump[R], along[R], m[R][R], slope[R], far = 0;
 #pragma unroll
@@ -150,12 +210,12 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
 // arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
 // Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
             double damping, i64* iterations, double* residual, unsigned char* met, const store* mixer_arguments,
-            const store* b_arguments, const store* c_arguments, const store* fed, int width, int at_mixer, int at_b,
+            const store* b_arguments, const store* c_arguments, const store* fed, int width, int stride, int at_mixer, int at_b,
             int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms) {
   constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
   SHARED(memory);
@@ -174,7 +234,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
     const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
                        GATED ? gate + row * dim : nullptr, dim, size, heads};
     if constexpr (MADE) {
-      const Arguments of = {mixer_arguments, b_arguments, c_arguments, fed, width, at_mixer, at_b, at_c};
+      const Arguments of = {mixer_arguments, b_arguments, c_arguments, fed, width, stride, at_mixer, at_b, at_c};
       real squares[R] = {}, made[CHANNELS][R];
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
@@ -183,7 +243,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         for (int i = 0; i < R; ++i) {
           made[c][i] = 0;
           if (d < dim) {
-            const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, i * dim + d);
+            const real argument = of.from(of.mixer, row, stride, of.at_mixer, b, i * dim + d);
             if (arguments) arguments[(row * R + i) * dim + d] = narrow(argument);
             made[c][i] = activate(argument);
             squares[i] += made[c][i] * made[c][i];
@@ -202,7 +262,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         }
       }
       if (threadIdx.x < R) {
-        const real argument = of.from(of.mixer, row, R * dim + R, of.at_mixer, b, R * dim + threadIdx.x);
+        const real argument = of.from(of.mixer, row, stride, of.at_mixer, b, R * dim + threadIdx.x);
         alpha[row * R + threadIdx.x] = narrow((real)alpha_max * sigmoid(argument));
       }
       const int lane = threadIdx.x % 32;
@@ -241,14 +301,18 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
       if (d < dim) {
         const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
         store* h = state + (b * dim + d) * size;
-        real rate[STATES], decay[STATES], r = 0;
+        real r = 0;
         real(&now)[STATES] = held[HOLD ? c : 0];
-        in.decays(d, dt, rate, decay);
         load_row(t == from ? before + (b * dim + d) * size : h, size, now);
 #pragma unroll
-        for (int n = 0; n < STATES; ++n) {
-          now[n] *= decay[n];
-          r += now[n] * rowC[n];
+        for (int n = 0; n < STATES; n += VECTOR) {
+          real rate[VECTOR], decay[VECTOR];
+          in.decays(d, dt, n, rate, decay);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            now[n + k] *= decay[k];
+            r += now[n + k] * rowC[n + k];
+          }
         }
         if constexpr (!HOLD) store_row(h, size, now);
         gw[c] = g * w;

@@ -62,22 +62,24 @@ template <int SIZE> __device__ __forceinline__ void group_barrier() {
 }
 
 // The sums of N values over a group of SIZE threads, for all of them to read. `memory` is the group's own; before it is
-// used again, the group must have met at a barrier.
-template <int N, int SIZE> __device__ __forceinline__ const real* group_sums(real* v, real* memory) {
+// used again, the group must have met at a barrier. In two parts: the values come in parts of their own, from number
+// `begin` on, and then the totals.
+template <int N, int SIZE> __device__ __forceinline__ void sums_part(real* v, real* memory, int begin = 0) {
   constexpr int WARPS = SIZE / 32;
   const int lane = threadIdx.x & 31, warp = (threadIdx.x / 32) % WARPS;
   int index = 0, valid = N;
   fold_sums<N, 16>(v, lane, index, valid);
-  if constexpr (WARPS == 1) {
 #pragma unroll
-    for (int i = 0; i < folded(N); ++i)
-      if (i < valid) memory[index + i] = v[i];
+  for (int i = 0; i < folded(N); ++i)
+    if (i < valid) memory[WARPS == 1 ? begin + index + i : (begin + index + i) * WARPS + warp] = v[i];
+}
+template <int N, int SIZE> __device__ __forceinline__ const real* sums_total(real* memory) {
+  constexpr int WARPS = SIZE / 32;
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x / 32) % WARPS;
+  if constexpr (WARPS == 1) {
     __syncwarp();
     return memory;
   } else {
-#pragma unroll
-    for (int i = 0; i < folded(N); ++i)
-      if (i < valid) memory[(index + i) * WARPS + warp] = v[i];
     __syncthreads();
     real* totals = memory + N * WARPS + N * warp;  // this warp's own
     for (int i = lane; i < N; i += 32) {
@@ -89,4 +91,8 @@ template <int N, int SIZE> __device__ __forceinline__ const real* group_sums(rea
     __syncwarp();
     return totals;
   }
+}
+template <int N, int SIZE> __device__ __forceinline__ const real* group_sums(real* v, real* memory) {
+  sums_part<N, SIZE>(v, memory);
+  return sums_total<N, SIZE>(memory);
 }
