@@ -20,8 +20,8 @@ Array = Any
 MOST_RANK, BLOCK = 8, 512
 # Numbers of the state's cotangents that a thread adds up in registers at most.
 MOST_HELD = 128
-# Bytes of cotangents of the rates that are added up in shared memory, two blocks on a multiprocessor.
-MOST_SHARED_RATES = 80 * 1024
+# Bytes of cotangents of the rates that are added up in shared memory.
+MOST_SHARED_RATES = 128 * 1024
 
 
 # Activations by the numbers of the kernels.
@@ -62,22 +62,14 @@ class Layout(NamedTuple):
             "ACT": ACTS[self.act],
         }
         if name == "mamba_pull":
-            macros |= {"RATES_SHARED": int(self.rates > 0), "RESIDENT": self.resident}
-        if name == "mamba_solve":
-            macros["RESIDENT"] = 1
+            macros["RATES_SHARED"] = int(self.rates > 0)
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     @property
     def rates(self) -> int:
-        """Numbers of shared memory for the cotangents of the rates; none where they would be too many for two
-        blocks."""
+        """Numbers of shared memory for the cotangents of the rates; none where they would be too many."""
         count = (1 if self.heads else self.states) * self.channels * self.threads
         return count if count * self._real <= MOST_SHARED_RATES else 0
-
-    @property
-    def resident(self) -> int:
-        """Blocks of the adjoint on a multiprocessor."""
-        return 2 if self.rates else 1
 
     @property
     def _real(self) -> int:
@@ -217,7 +209,7 @@ class _Walk:
         weight, bias, eps = norm_of(s)
         rtol, atol, max_iter, damping = options
         sums = 1 + 3 * rank + gram, 1 + 2 * rank + rank * (rank + 1) // 2 + rank**2, rank
-        self._shared = one.shared(2 * rank + 4 + one.threads // 16, *sums)
+        self._shared = one.shared(2 * rank + 4 + one.threads // 16 + one.channels * one.threads, *sums)
         self._kernel, self._threads, self._batch = one.kernel("mamba_solve"), one.threads, batch
         self._before = (*_inputs(s), weight, bias)
         self._y, self._steps = y, np.int64(steps)
@@ -314,12 +306,12 @@ class _Back:
 
     def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, one.resident * _device.multiprocessors())
+        self.blocks = min(batch, _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
         sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 1
-        self._shared = one.shared(3 * one.rank + one.rates, *sums)
+        self._shared = one.shared(3 * one.rank + one.rates + 4 * one.channels * one.threads, *sums)
         self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
         self._system, self._one = s, one
         self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))

@@ -7,7 +7,9 @@
 //
 // and after two rounds of sums over the channels an iteration is some arithmetic on RANK numbers, which one warp does.
 //
-// Channel d belongs to thread d % THREADS. The state of a step passes through memory.
+// Channel d belongs to thread d % THREADS. States are read and written by LANES neighbouring threads a channel, each with
+// VECTOR neighbouring numbers at a time, so that a warp's access is one piece of memory; what is found of a channel goes
+// from one view to the other through shared memory.
 //
 // The mixer, B and C are given, or made here (MADE) from what a layer's linear maps say of x_t and y_{t-1}, its arguments:
 //
@@ -104,7 +106,7 @@ __device__ __forceinline__ void eliminate(real (&m)[R][R], real (&x)[R]) {
   }
 }
 
-// VECTOR numbers of a row of N, from number `begin` on; those beyond N are zero. Then whole rows.
+// VECTOR numbers of a row of N, from number `begin` on; those beyond N are zero.
 constexpr int VECTOR = FULL ? (STATES * (int)sizeof(store) >= 16 ? 16 / (int)sizeof(store) : STATES) : 1;
 __device__ __forceinline__ void load_part(const store* from, int size, int begin, real (&v)[VECTOR]) {
   if constexpr (FULL) {
@@ -125,13 +127,17 @@ __device__ __forceinline__ void store_part(store* to, int size, int begin, const
     if (begin < size) to[begin] = narrow(v[0]);
   }
 }
-__device__ __forceinline__ void load_row(const store* from, int size, real (&v)[STATES]) {
+constexpr int LANES = STATES / VECTOR > 32 ? 32 : STATES / VECTOR, PIECES = STATES / VECTOR / LANES;
+// Channels that the block's threads have at a time, and how many times; numbers of the state in all of a thread's.
+constexpr int GROUP = THREADS / LANES, PASSES = CHANNELS * LANES, OWN = PASSES * PIECES;
+__device__ __forceinline__ int pass_channel(int pass) { return pass * GROUP + (int)threadIdx.x / LANES; }
+// The first of the VECTOR numbers of a thread's piece.
+__device__ __forceinline__ int piece_begin(int piece) { return (piece * LANES + (int)threadIdx.x % LANES) * VECTOR; }
+// The sum over the threads of a channel; every thread of the warp takes part.
+__device__ __forceinline__ real lanes_total(real v) {
 #pragma unroll
-  for (int n = 0; n < STATES; n += VECTOR) load_part(from, size, n, *(real(*)[VECTOR])(v + n));
-}
-__device__ __forceinline__ void store_row(store* to, int size, const real (&v)[STATES]) {
-#pragma unroll
-  for (int n = 0; n < STATES; n += VECTOR) store_part(to, size, n, *(const real(*)[VECTOR])(v + n));
+  for (int reach = LANES / 2; reach > 0; reach /= 2) v += __shfl_xor_sync(EVERY_LANE, v, reach);
+  return v;
 }
 
 // The arrays of a step that a thread of either kernel looks at, for one sequence and step.

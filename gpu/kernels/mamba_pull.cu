@@ -8,19 +8,20 @@
 // of each u_i, and all inner products of them. Then the step is differentiated once, with z for the cotangent of y_t.
 //
 // Block k takes the sequences k, k + blocks, ... and adds up what all of them share; the cotangents of the rates in shared
-// memory (RATES_SHARED) so that RESIDENT blocks fit a multiprocessor. Memory traffic: rows and u once, H_{t-1} and G twice (the
-// second time from the caches), the new G once.
+// memory (RATES_SHARED) if there is room. Memory traffic: rows and u once, H_{t-1} and G once (twice, from the caches,
+// where they are too much to be held in registers meanwhile), the new G once.
 #include "mamba.cuh"
 
-constexpr int RATES = HEADS ? 1 : STATES;
-constexpr bool ROOMY = RATES_SHARED;
+constexpr bool HOLD = 2 * OWN * VECTOR * (int)sizeof(real) <= 256;
+// Cotangents of the rates: of a thread's own numbers, or with HEADS of its channels.
+constexpr int RATES = HEADS ? CHANNELS : OWN * VECTOR;
 
 // As in mamba_solve.cu, at the step `t` alone. `more` (B, D) or null is what comes to y_bar from the next step; past, G,
 // before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar, gate_bar, delta_bar (B, T, D), the last
 // for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
 // (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
 // arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
            const store* y, const store* y_bar, const store* more_bar, i64 batch, i64 steps, i64 t, int dim, int size,
@@ -38,16 +39,18 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
   real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
   real* onto_room = last + sums_size<2 * STATES, THREADS>();
   const real channels = (real)dim;
-  real *shared_rates = onto_room + sums_size<1, THREADS>();
-  real own_rates[ROOMY ? 1 : CHANNELS][RATES] = {};
-  auto rates = [&](int c, int n) -> real& {
-    if constexpr (ROOMY)
-      return shared_rates[(c * RATES + n) * THREADS + threadIdx.x];
+  // one a channel: r and what comes from later, then the cotangent of o and the drive; and what the state says of it
+  real *one = onto_room + sums_size<1, THREADS>(), *two = one + CHANNELS * THREADS, *three = two + CHANNELS * THREADS;
+  real *four = three + CHANNELS * THREADS, *shared_rates = four + CHANNELS * THREADS;
+  real own_rates[RATES_SHARED ? 1 : RATES] = {};
+  auto rates = [&](int k) -> real& {
+    if constexpr (RATES_SHARED)
+      return shared_rates[k * THREADS + threadIdx.x];
     else
-      return own_rates[c][n];
+      return own_rates[k];
   };
-  if constexpr (ROOMY)
-    for (int k = 0; k < CHANNELS * RATES; ++k) shared_rates[k * THREADS + threadIdx.x] = 0;
+  if constexpr (RATES_SHARED)
+    for (int k = 0; k < RATES; ++k) rates(k) = 0;
   real skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
   for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
   for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
@@ -63,27 +66,54 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     real bc = 0;
 #pragma unroll
     for (int n = 0; n < STATES; ++n) bc += rowB[n] * rowC[n];
+    real was[HOLD ? OWN : 1][VECTOR], coming[HOLD ? OWN : 1][VECTOR];
+    auto fetch = [&](int pass, int piece, int d) {
+      const int at = HOLD ? pass * PIECES + piece : 0, n = piece_begin(piece);
+      load_part(past + (b * dim + d) * size, size, n, was[at]);
+      load_part(G + (b * dim + d) * size, size, n, coming[at]);
+      return at;
+    };
+    if constexpr (HOLD)  // all of them are on their way before the first is looked at
+#pragma unroll
+      for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece)
+          if (pass_channel(pass) < dim) fetch(pass, piece, pass_channel(pass));
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int d = pass_channel(pass);
+      real seen = 0, from_later = 0;
+      if (d < dim) {
+        const real dt = in.step(d);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          const int at = HOLD ? pass * PIECES + piece : fetch(pass, piece, d), n = piece_begin(piece);
+          real rate[VECTOR], decay[VECTOR];
+          in.decays(d, dt, n, rate, decay);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            seen += was[at][k] * decay[k] * rowC[n + k];
+            from_later += coming[at][k] * rowB[n + k];
+          }
+        }
+      }
+      seen = lanes_total(seen);
+      from_later = lanes_total(from_later);
+      if (threadIdx.x % LANES == 0 && d < dim) {
+        one[d] = seen;
+        two[d] = from_later;
+      }
+    }
+    __syncthreads();
     real r[CHANNELS], later[CHANNELS], s1[FIRST] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
       r[c] = later[c] = 0;
       if (d < dim) {
-        const real dt = in.step(d), gap = widen(in.x[d]) - widen(y[row * dim + d]);
-        const i64 at = (b * dim + d) * size;
-#pragma unroll
-        for (int from = 0; from < STATES; from += VECTOR) {
-          real rate[VECTOR], decay[VECTOR], was[VECTOR], coming[VECTOR];
-          in.decays(d, dt, from, rate, decay);
-          load_part(past + at, size, from, was);
-          load_part(G + at, size, from, coming);
-#pragma unroll
-          for (int k = 0; k < VECTOR; ++k) {
-            r[c] += was[k] * decay[k] * rowC[from + k];
-            later[c] += coming[k] * rowB[from + k];
-          }
-        }
-        later[c] *= dt;
+        const real gap = widen(in.x[d]) - widen(y[row * dim + d]);
+        r[c] = one[d];
+        later[c] = two[d] * in.step(d);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
           const real ui = in.vector(i, d);
@@ -194,7 +224,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       with += told[2 * R + i] * mean_with(i);
       along += told[2 * R + i] * mean_along(i);
     }
-    real e[CHANNELS], o_bar[CHANNELS], fed[CHANNELS] = {}, slope[CHANNELS] = {}, onto[1] = {0};
+    real e[CHANNELS], o_bar[CHANNELS], onto[1] = {0};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
@@ -207,56 +237,82 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
         o_bar[c] = in.opening(d) * v_bar;
         z[row * dim + d] = narrow(zd);
         if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
+        one[d] = o_bar[c];
+        two[d] = in.step(d) * mixed[c];
         skips[c] += o_bar[c] * mixed[c];
         weights[c] += zd * v[c] * scale;
         biases[c] += zd;
       }
     }
-    // VECTOR numbers of the state at a time; what is summed over the channels follows, of B and of C in turn
+    __syncthreads();
+    constexpr int HALF = PIECES * VECTOR;
+    real s3[2 * HALF] = {};  // of B, then of C
 #pragma unroll
-    for (int from = 0; from < STATES; from += VECTOR) {
-      real s3[2 * VECTOR] = {};
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int d = pass_channel(pass);
+      real fed = 0, slope = 0;
+      if (d < dim) {
+        const real dt = in.step(d), o = one[d], drive = two[d];
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        const int d = c * THREADS + threadIdx.x;
-        if (d < dim) {
-          const real dt = in.step(d), drive = dt * mixed[c];
-          const i64 at = (b * dim + d) * size;
-          real rate[VECTOR], decay[VECTOR], was[VECTOR], coming[VECTOR];
-          in.decays(d, dt, from, rate, decay);
-          load_part(past + at, size, from, was);
-          load_part(G + at, size, from, coming);
+        for (int piece = 0; piece < PIECES; ++piece) {
+          const int at = HOLD ? pass * PIECES + piece : fetch(pass, piece, d), n = piece_begin(piece);
+          real rate[VECTOR], decay[VECTOR], bars[VECTOR];
+          in.decays(d, dt, n, rate, decay);
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) {
-            const int n = from + k;
-            const real now = was[k] * decay[k], bar = n < size ? coming[k] + o_bar[c] * rowC[n] : (real)0;
-            s3[k] += drive * bar;
-            s3[VECTOR + k] += o_bar[c] * (now + drive * rowB[n]);
-            fed[c] += bar * rowB[n];
-            slope[c] += bar * now * rate[k];
-            rates(c, HEADS ? 0 : n) += bar * now * dt;
-            coming[k] = bar * decay[k];
+            const real now = was[at][k] * decay[k];
+            const real bar = n + k < size ? coming[at][k] + o * rowC[n + k] : (real)0, both = bar * now;
+            s3[piece * VECTOR + k] += drive * bar;
+            s3[HALF + piece * VECTOR + k] += o * (now + drive * rowB[n + k]);
+            fed += bar * rowB[n + k];
+            slope += HEADS ? both : both * rate[k];
+            if (!HEADS) rates((pass * PIECES + piece) * VECTOR + k) += both * dt;
+            bars[k] = bar * decay[k];
           }
-          store_part(before + at, size, from, coming);
+          store_part(before + (b * dim + d) * size, size, n, bars);
         }
       }
-      sums_part<2 * VECTOR, THREADS>(s3, last, 2 * from);
+      fed = lanes_total(fed);
+      slope = lanes_total(slope);
+      if (threadIdx.x % LANES == 0 && d < dim) {
+        three[d] = fed;
+        four[d] = slope;
+      }
     }
+    {
+      constexpr int WARPS = THREADS / 32;
+      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+      int index = 0, valid = 2 * HALF;
+      fold_sums<2 * HALF, 16, LANES>(s3, lane, index, valid);
+#pragma unroll
+      for (int i = 0; i < folded(2 * HALF, LANES); ++i)
+        if (i < valid) {
+          const int which = (index + i) / HALF, k = (index + i) % HALF;
+          const int slot = which * STATES + piece_begin(k / VECTOR) + k % VECTOR;
+          last[WARPS == 1 ? slot : slot * WARPS + warp] = s3[i];
+        }
+    }
+    const real* totals = sums_total<2 * STATES, THREADS>(last);
+    auto row_bar = [&](int which, int n) { return totals[which * STATES + n]; };
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
       e[c] = 0;
       if (d < dim) {
-        e[c] = widen(skip[d]) * o_bar[c] + in.step(d) * fed[c];
-        delta_bar[row * dim + d] = narrow(mixed[c] * fed[c] + slope[c]);
+        const real dt = in.step(d), fed = three[d];
+        real slope = four[d];
+        if constexpr (HEADS) {
+          rates(c) += slope * dt;
+          slope *= widen(A[d / (dim / heads)]);
+        }
+        e[c] = widen(skip[d]) * o_bar[c] + dt * fed;
+        delta_bar[row * dim + d] = narrow(mixed[c] * fed + slope);
         if constexpr (MADE)
           onto[0] += in.vector(0, d) * e[c];
         else
           u_bar[row * dim + d] = narrow(e[c]);
       }
     }
-    const real* totals = sums_total<2 * STATES, THREADS>(last);
-    auto row_bar = [&](int which, int n) { return totals[n / VECTOR * 2 * VECTOR + which * VECTOR + n % VECTOR]; };
     if constexpr (!MADE) {
       for (int n = threadIdx.x; n < size; n += THREADS) {
         B_bar[row * size + n] = narrow(row_bar(0, n));
@@ -313,12 +369,23 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       skip_bar[at] = narrow(widen(skip_bar[at]) + skips[c]);
       weight_bar[at] = narrow(widen(weight_bar[at]) + weights[c]);
       bias_bar[at] = narrow(widen(bias_bar[at]) + biases[c]);
-#pragma unroll
-      for (int n = 0; n < RATES; ++n)
-        if (HEADS || n < size) {
-          store* to = rate_bar + (HEADS ? at : at * size + n);
-          *to = narrow(widen(*to) + rates(c, n));
-        }
+      if constexpr (HEADS) rate_bar[at] = narrow(widen(rate_bar[at]) + rates(c));
     }
+  }
+  if constexpr (!HEADS) {
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece) {
+        const int d = pass_channel(pass), n = piece_begin(piece);
+        if (d < dim) {
+          store* to = rate_bar + ((i64)blockIdx.x * dim + d) * size;
+          real sums[VECTOR];
+          load_part(to, size, n, sums);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) sums[k] += rates((pass * PIECES + piece) * VECTOR + k);
+          store_part(to, size, n, sums);
+        }
+      }
   }
 }

@@ -7,7 +7,7 @@
 // written once; twice, from the caches, where it is too much to be held in registers meanwhile.
 #include "mamba.cuh"
 
-constexpr bool HOLD = CHANNELS * STATES * (int)sizeof(real) <= 128;
+constexpr bool HOLD = OWN * VECTOR * (int)sizeof(real) <= 128;
 
 // With more numbers than one: once a step has been iterated so near to its end that the geometric series has less than
 // this of its size left, Newton's method may take over, and may not go much further: there may be other solutions.
@@ -209,8 +209,8 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // N); skip, weight, bias (D), bias null for zero; before (B, D, N) is the state before step `from`, and state will be that
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
 // arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
-// Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds; MADE: and of R more.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+// Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds and of R more, then one a channel.
+extern "C" __global__ void __launch_bounds__(THREADS)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
@@ -221,7 +221,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
   SHARED(memory);
   real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES, *room = told + 2 * R + 4;
   real *first = room + 2 * (THREADS / 32), *second = first + sums_size<FIRST, THREADS>();
-  real* lengths = second + sums_size<SECOND, THREADS>();
+  real *lengths = second + sums_size<SECOND, THREADS>(), *exchange = lengths + sums_size<R, THREADS>();
   const i64 b = blockIdx.x;
   const real channels = (real)dim;
   i64 worst = from ? iterations[b] : 0;
@@ -293,28 +293,42 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
     real bc = 0;
 #pragma unroll
     for (int n = 0; n < STATES; ++n) bc += rowB[n] * rowC[n];
-    real held[HOLD ? CHANNELS : 1][STATES], p[CHANNELS], gw[CHANNELS], s1[FIRST] = {}, s2[SECOND] = {};
+    // the state before the step, decayed, and what it says of each channel
+    real held[HOLD ? OWN : 1][VECTOR];
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int d = pass_channel(pass);
+      real r = 0;
+      if (d < dim) {
+        const real dt = in.step(d);
+        store* h = state + (b * dim + d) * size;
+        const store* was = t == from ? before + (b * dim + d) * size : h;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          const int n = piece_begin(piece);
+          real(&now)[VECTOR] = held[HOLD ? pass * PIECES + piece : 0];
+          real rate[VECTOR], decay[VECTOR];
+          load_part(was, size, n, now);
+          in.decays(d, dt, n, rate, decay);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) {
+            now[k] *= decay[k];
+            r += now[k] * rowC[n + k];
+          }
+          if constexpr (!HOLD) store_part(h, size, n, now);
+        }
+      }
+      r = lanes_total(r);
+      if (threadIdx.x % LANES == 0 && d < dim) exchange[d] = r;
+    }
+    __syncthreads();
+    real p[CHANNELS], gw[CHANNELS], s1[FIRST] = {}, s2[SECOND] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
       p[c] = gw[c] = 0;
       if (d < dim) {
-        const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d);
-        store* h = state + (b * dim + d) * size;
-        real r = 0;
-        real(&now)[STATES] = held[HOLD ? c : 0];
-        load_row(t == from ? before + (b * dim + d) * size : h, size, now);
-#pragma unroll
-        for (int n = 0; n < STATES; n += VECTOR) {
-          real rate[VECTOR], decay[VECTOR];
-          in.decays(d, dt, n, rate, decay);
-#pragma unroll
-          for (int k = 0; k < VECTOR; ++k) {
-            now[n + k] *= decay[k];
-            r += now[n + k] * rowC[n + k];
-          }
-        }
-        if constexpr (!HOLD) store_row(h, size, now);
+        const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d), r = exchange[d];
         gw[c] = g * w;
         p[c] = g * (r + w * xd);
         const real shift = bias ? widen(bias[d]) : (real)0;
@@ -419,16 +433,28 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         far = most(far, magnitude(other - value));
         top = most(top, magnitude(value));
         y[row * dim + d] = narrow(value);
-        const real drive = in.step(d) * mixed;
-        store* h = state + (b * dim + d) * size;
-        real(&now)[STATES] = held[HOLD ? c : 0];
-        if constexpr (!HOLD) load_row(h, size, now);
-#pragma unroll
-        for (int n = 0; n < STATES; ++n) now[n] += drive * rowB[n];
-        store_row(h, size, now);
+        exchange[d] = in.step(d) * mixed;
       }
     }
     block_most(far, top, room);
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int d = pass_channel(pass);
+      if (d < dim) {
+        const real drive = exchange[d];
+        store* h = state + (b * dim + d) * size;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          const int n = piece_begin(piece);
+          real(&now)[VECTOR] = held[HOLD ? pass * PIECES + piece : 0];
+          if constexpr (!HOLD) load_part(h, size, n, now);
+#pragma unroll
+          for (int k = 0; k < VECTOR; ++k) now[k] += drive * rowB[n + k];
+          store_part(h, size, n, now);
+        }
+      }
+    }
+    if (t + 1 < to) __syncthreads();
     const real allowed = larger((real)(atol + rtol * (double)top), 8 * EPS * top);
     if (!(far <= allowed) || !is_finite(top)) fine = false;
     left = most(left, far / larger(top, (real)1e-30));
