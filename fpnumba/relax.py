@@ -64,15 +64,21 @@ def relax(
     iterations = np.zeros(count, np.int64)
     history: list[NDArray[np.float64]] = []
     accelerate = _Anderson(h, solver.memory) if solver.acceleration else None
+    fused = _kernels(h) if accelerate is None else None
     # What has met the tolerance rests, so that no sequence is moved by the length of another's iteration. The
     # published rule moves the batch together.
     moving = alive.copy()
     with np.errstate(over="ignore", invalid="ignore"):
         while moving.any() and len(history) < solver.max_iter:
             new = step(h)
-            change = new - h
-            proposal = h + _column(damping.astype(h.dtype), xp) * change
-            current, now_met = _measure(proposal, new, change, solver)
+            if fused is not None:
+                pace = xp.asarray(np.where(moving, damping, -1.0).astype(h.dtype))
+                h, told = fused.advance(h, xp.ascontiguousarray(new), pace, published)
+                current, now_met = _judged(to_numpy(told).T, h, solver)
+            else:
+                change = new - h
+                proposal = h + _column(damping.astype(h.dtype), xp) * change
+                current, now_met = _judged(_measured(proposal, new, change, solver), h, solver)
             iterations[moving] += 1
             residual = np.where(moving, current, residual)
             history.append(residual.copy())
@@ -81,7 +87,8 @@ def relax(
             if accelerate is not None:
                 harmful = ~(residual <= _Anderson.TOLERATED * lowest)
                 proposal = accelerate(h, change, proposal, damping, forget=harmful | ~alive, rest=now_met)
-            h = xp.where(_column(moving, xp), proposal, h)
+            if fused is None:
+                h = xp.where(_column(moving, xp), proposal, h)
             lowest = np.where(better, residual, lowest)
             patience = np.where(better, solver.damping_patience, patience - 1)
             tired = patience == 0
@@ -101,17 +108,31 @@ def relax(
     return Solved(h, iterations, residual, status, iterations[:, None].copy()), trace
 
 
-def _measure(
-    h: Float, new: Float, change: Float, solver: Solver
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Residual of each sequence, and whether it meets the tolerance; section 7."""
+def _kernels(h: Any) -> Any:
+    """What does an iteration's arithmetic in one pass: `fpnumba.gpu.maps` on a device, nothing elsewhere."""
+    if isinstance(h, np.ndarray) or h.dtype not in (np.float32, np.float64):
+        return None
+    from fpnumba.gpu import maps
+
+    return maps
+
+
+def _measured(h: Float, new: Float, change: Float, solver: Solver) -> NDArray[Any]:
+    """How far each sequence went: by the published rule relative to its size, otherwise that, and its size."""
     if solver.criterion == "published":
         by_step = largest(change, -1) / (largest(new, -1) + 1e-8)
-        residual = to_numpy(largest(by_step, -1)).astype(np.float64)
-        return residual, residual < solver.rtol
+        return to_numpy(largest(by_step, -1))[None]
     # One look at the device for both
-    both = namespace(h).stack((largest(change, (-2, -1)), largest(h, (-2, -1))))
-    moved, size = to_numpy(both).astype(np.float64)
+    return to_numpy(namespace(h).stack((largest(change, (-2, -1)), largest(h, (-2, -1)))))
+
+
+def _judged(
+    measures: NDArray[Any], h: Float, solver: Solver
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Residual of each sequence, and whether it meets the tolerance; section 7."""
+    moved, size = measures[0].astype(np.float64), measures[-1].astype(np.float64)
+    if solver.criterion == "published":
+        return moved, moved < solver.rtol
     floor = 4 * float(np.finfo(h.dtype).eps) * size
     met = moved <= np.maximum(solver.atol + solver.rtol * size, floor)
     return moved / np.maximum(size, float(np.finfo(h.dtype).tiny)), met

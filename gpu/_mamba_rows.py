@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes, scan
+from fpnumba.gpu._columns import column_sums
 from fpnumba.gpu._engine import precision
 from fpnumba.gpu._mamba import Arguments, Layout, layout, mode_of, norm_of
 from fpnumba.reference.mamba import Bars, System
@@ -86,8 +87,8 @@ class Application:
         self._launch("mix_rows_vjp", self._rows, (*self._arguments, mixed_bar, B_bar, C_bar, *outputs), 3)
         assert skip_bar is not None
         normed = s.norm is not None
-        weight_bar = weights.sum(0) if normed else None
-        bias_bar = biases.sum(0) if s.norm is not None and s.norm.bias is not None else None
+        weight_bar = column_sums(weights) if normed else None
+        bias_bar = column_sums(biases) if s.norm is not None and s.norm.bias is not None else None
         shared = A_bar, b_bar, c_bar, skip_bar
         y_bar = mixed_bar - x_bar
         bars = Bars(mixer_bar, x_bar, delta_bar, *shared, gate_bar, weight_bar, bias_bar, initial_bar, y_bar)

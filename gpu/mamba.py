@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fpnumba.gpu import _device, _mamba, mixers, scan
+from fpnumba.gpu._look import wild
 from fpnumba.gpu._mamba import Arguments, makes
 from fpnumba.gpu._mamba_rows import Application
 from fpnumba.reference import mamba as reference
@@ -134,13 +135,11 @@ def solve(
 
 def _status(s: System, initial: Array | None, y: Array, state: Array, met: Array) -> Array:
     xp = _device.xp()
-    status = xp.where(met, CONVERGED, MAX_ITER)
-    wild = ~(xp.isfinite(y).all((1, 2)) & xp.isfinite(state).all((1, 2)))
-    finite = xp.ones(len(y), bool)
-    for array in (s.x, s.delta, s.B, s.C, s.gate, initial):
-        if array is not None:
-            finite &= xp.isfinite(array).all(tuple(range(1, array.ndim)))
-    return xp.where(wild, xp.where(finite, DIVERGED, NONFINITE_INPUT), status).astype(np.int8)
+    lost = wild(y, state)
+    # inputs are looked at only where that explains something
+    bad = wild(s.x, s.delta, s.B, s.C, s.gate, initial, only=lost)
+    status = xp.where(lost, xp.where(bad, NONFINITE_INPUT, DIVERGED), xp.where(met, CONVERGED, MAX_ITER))
+    return status.astype(np.int8)
 
 
 def _solve_step(
@@ -239,10 +238,9 @@ def pull_made(
         Those of what ``y_{t-1}`` says.
     status : (B,) int8 array
     """
-    xp = _device.xp()
     bars, fed_bar = _mamba.pull_made(made, given, y, y_bar, last_bar)
-    finite = xp.isfinite(bars.y).all((1, 2))
-    return bars, fed_bar, xp.where(finite, CONVERGED, DIVERGED).astype(np.int8)
+    status = _device.xp().where(wild(bars.y), DIVERGED, CONVERGED)
+    return bars, fed_bar, status.astype(np.int8)
 
 
 class _Swing:
@@ -315,8 +313,7 @@ def pullback(
             z[:, t] = pulled.y[:, 0]
             met &= met_now
             total.add(pulled, t)
-    finite = xp.isfinite(z).all((1, 2))
-    status = xp.where(met & finite, CONVERGED, xp.where(finite, MAX_ITER, DIVERGED)).astype(np.int8)
+    status = xp.where(wild(z), DIVERGED, xp.where(met, CONVERGED, MAX_ITER)).astype(np.int8)
     return total.bars(G, z), status
 
 

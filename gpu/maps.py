@@ -8,8 +8,37 @@ from typing import Any
 import numpy as np
 
 from fpnumba.gpu import _device, _shapes
+from fpnumba.gpu._advance import advance
+from fpnumba.gpu._columns import column_sums
+from fpnumba.gpu._conv import conv, conv_vjp
 from fpnumba.gpu._engine import precision
+from fpnumba.gpu._norm import rms_norm, rms_norm_vjp
 from fpnumba.gpu._report import store
+
+__all__ = [
+    "activate",
+    "activate_vjp",
+    "adamw",
+    "advance",
+    "column_sums",
+    "conv",
+    "conv_vjp",
+    "gated",
+    "gated_vjp",
+    "joined",
+    "kronecker_factor",
+    "kronecker_factor_vjp",
+    "lstm_step",
+    "lstm_step_vjp",
+    "monarch_block",
+    "monarch_block_vjp",
+    "normalize",
+    "normalize_vjp",
+    "product",
+    "rms_norm",
+    "rms_norm_vjp",
+    "scatter_rows",
+]
 
 Array = Any
 
@@ -66,6 +95,28 @@ def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
             open_ = 1 / (1 + xp.exp(-x))
             return ybar * open_ * (1 + x * (1 - open_) if name == "silu" else 1 - open_)
     return xp.where(x > 0, ybar, 0) if name == "relu" else ybar
+
+
+def gated(z: Array, y: Array) -> Array:
+    """``silu(z) * y``, in one pass."""
+    if hasattr(_device.xp(), "cuda"):
+        return _elementwise("T z, T y", "T out", "out = z / (1 + exp(-z)) * y")(z, y)
+    return activate("silu", z) * y
+
+
+_GATED_VJP = """
+    const T s = 1 / (1 + exp(-z));
+    zbar = bar * y * s * (1 + z * (1 - s));
+    ybar = bar * (z * s)
+"""
+
+
+def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
+    """Cotangents of `z` and `y` of :func:`gated`, in one pass."""
+    if hasattr(_device.xp(), "cuda"):
+        found: tuple[Array, Array] = _elementwise("T z, T y, T bar", "T zbar, T ybar", _GATED_VJP)(z, y, bar)
+        return found
+    return activate_vjp("silu", z, bar * y), bar * activate("silu", z)
 
 
 _ADAMW = """
@@ -213,44 +264,10 @@ def monarch_block_vjp(p: Array, eps: float, blocks_bar: Array) -> Array:
     return xp.ascontiguousarray(upper_bar[:, *np.triu_indices(size)])
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-    """``y = weight * x * scale``, and ``scale = 1 / sqrt(mean(x^2) + eps)``; ``x (N, D)``."""
-    xp = _device.xp()
-    scale = 1 / xp.sqrt((x * x).mean(1) + x.dtype.type(eps))
-    return weight * (x * scale[:, None]), scale
-
-
-def rms_norm_vjp(x: Array, weight: Array, scale: Array, ybar: Array) -> tuple[Array, Array]:
-    """Cotangents of `x` and `weight` of :func:`rms_norm`."""
-    normal, inner = x * scale[:, None], ybar * weight
-    along = (inner * normal).mean(1, keepdims=True)
-    return scale[:, None] * (inner - normal * along), (ybar * normal).sum(0)
-
-
 joined = _device.joined
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------
-
-
-def conv(x: Array, taps: Array, bias: Array) -> Array:
-    """``y_t = bias + sum_k taps_k x_{t-(W-1)+k}``, zeros before the first step; ``x (B, T, C)``, ``taps (W, C)``."""
-    width, steps = len(taps), x.shape[1]
-    y = taps[width - 1] * x + bias
-    for back in range(1, min(width, steps)):
-        y[:, back:] += taps[width - 1 - back] * x[:, : steps - back]
-    return y
-
-
-def conv_vjp(x: Array, taps: Array, ybar: Array) -> tuple[Array, Array, Array]:
-    """Cotangents of `x`, `taps` and the bias of :func:`conv`."""
-    xp, width, steps = _device.xp(), len(taps), x.shape[1]
-    xbar, taps_bar = taps[width - 1] * ybar, xp.zeros_like(taps)
-    taps_bar[width - 1] = (x * ybar).sum((0, 1))
-    for back in range(1, min(width, steps)):
-        xbar[:, : steps - back] += taps[width - 1 - back] * ybar[:, back:]
-        taps_bar[width - 1 - back] = (x[:, : steps - back] * ybar[:, back:]).sum((0, 1))
-    return xbar, taps_bar, ybar.sum((0, 1))
 
 
 def lstm_step(gates: Array, fed: Array, before: Array, c: Array, h: Array) -> None:

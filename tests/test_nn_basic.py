@@ -90,6 +90,10 @@ def test_short_convolution_step_by_step_and_causality(rng):
     for t in range(6):
         now, state = layer.step(params, x[:, t], state)
         np.testing.assert_allclose(now, y[:, t], rtol=1e-12)
+    for cut in (3, 5):  # what came before stands before the first step
+        np.testing.assert_allclose(
+            layer.vjp(params, x[:, cut:], past=x[:, cut - 3 : cut])[0], y[:, cut:], rtol=1e-12
+        )
     later = x.copy()
     later[:, 3:] = np.nan
     np.testing.assert_array_equal(layer(params, later)[:, :3], y[:, :3])

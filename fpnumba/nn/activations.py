@@ -60,3 +60,23 @@ def silu(x: Array) -> Array:
 def silu_vjp(x: Array, ybar: Array) -> Array:
     """Cotangent of :func:`silu`."""
     return activate_vjp("silu", x, ybar)
+
+
+def gated(z: Array, y: Array) -> Array:
+    """``silu(z) * y``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fpnumba.nn.activations import gated
+    >>> gated(np.zeros(2), np.ones(2))
+    array([0., 0.])
+    """
+    out: Array = backend.kernels(z).gated(backend.contiguous(z), backend.contiguous(y))
+    return out
+
+
+def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
+    """Cotangents of ``z`` and ``y`` of :func:`gated`."""
+    found: tuple[Array, Array] = backend.kernels(z).gated_vjp(*(backend.contiguous(a) for a in (z, y, bar)))
+    return found

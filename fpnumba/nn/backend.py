@@ -82,6 +82,12 @@ def product(a: Array, b: Array, *, transposed: tuple[bool, bool] = (False, False
     return kernels(a).product(a, b, transposed)  # type: ignore[no-any-return]
 
 
+def column_sums(x: Array) -> Array:
+    """``x.sum(0)`` of a matrix."""
+    found: Array = x.sum(0) if on_host(x) else kernels(x).column_sums(contiguous(x))
+    return found
+
+
 def recorded(array: Array) -> bool:
     """Whether work on this array is only recorded (`fpnumba.gpu.capture`): its values cannot be looked at."""
     if on_host(array):

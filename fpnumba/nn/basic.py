@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn import activations, backend
-from fpnumba.nn.backend import contiguous, product
+from fpnumba.nn.backend import column_sums, contiguous, product
 
 Array = NDArray[Any]
 Params = dict[str, Array]
@@ -91,7 +91,7 @@ class Linear:
             flat = rows(ybar)
             grads = {"weight": product(flat, rows(x), transposed=(True, False))}
             if self.bias:
-                grads["bias"] = flat.sum(0)
+                grads["bias"] = column_sums(flat)
             return grads, product(flat, params["weight"]).reshape(x.shape)
 
         return self(params, x), pullback
@@ -219,7 +219,7 @@ class LayerNorm:
             xbar = scale * (
                 inner - inner.mean(-1, keepdims=True) - normal * (inner * normal).mean(-1, keepdims=True)
             )
-            grads = {"weight": rows(ybar * normal).sum(0), "bias": rows(ybar).sum(0)}
+            grads = {n: column_sums(rows(a)) for n, a in (("weight", ybar * normal), ("bias", ybar))}
             return grads, xbar
 
         return normal * weight + params["bias"], pullback
@@ -263,14 +263,11 @@ class SwiGLU:
         flat = rows(x)
         w_gate, w_up, w_down = (params[f"{name}.weight"] for name in ("gate", "up", "down"))
         gate, up = (product(flat, w, transposed=(False, True)) for w in (w_gate, w_up))
-        opened = activations.silu(gate)
-        inner = opened * up
+        inner = activations.gated(gate, up)
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
             ybar = rows(ybar)
-            inner_bar = product(ybar, w_down)
-            gate_bar = activations.silu_vjp(gate, inner_bar * up)
-            up_bar = inner_bar * opened
+            gate_bar, up_bar = activations.gated_vjp(gate, up, product(ybar, w_down))
             grads = {
                 "gate.weight": product(gate_bar, flat, transposed=(True, False)),
                 "up.weight": product(up_bar, flat, transposed=(True, False)),
@@ -322,19 +319,31 @@ class ShortConv:
         """``x (..., T, channels)`` to the same shape."""
         return self.vjp(params, x)[0]
 
-    def vjp(self, params: Params, x: Array, *, record: Record = None) -> tuple[Array, Pullback]:
-        """Value and pullback."""
+    def vjp(
+        self, params: Params, x: Array, *, record: Record = None, past: Array | None = None
+    ) -> tuple[Array, Pullback]:
+        """Value and pullback.
+
+        Parameters
+        ----------
+        params : dict of arrays
+        x : ndarray (..., T, channels)
+        record
+            Not looked at.
+        past : ndarray (..., width - 1, channels), optional
+            What stands before the first step, a constant of the gradient; zeros if left out.
+        """
         flat = contiguous(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
         taps, loops = contiguous(params["weight"][:, 0].T), backend.kernels(flat)
-        inner = loops.conv(flat, taps, params["bias"])
+        before = None if past is None else contiguous(past).reshape(len(flat), *past.shape[-2:])
+        given = flat, taps, contiguous(params["bias"]), self.activation, before
 
         def pullback(ybar: Array) -> tuple[Params, Array]:
-            inner_bar = activations.activate_vjp(self.activation, inner, ybar.reshape(flat.shape))
-            xbar, taps_bar, bias_bar = loops.conv_vjp(flat, taps, inner_bar)
+            xbar, taps_bar, bias_bar = loops.conv_vjp(*given, contiguous(ybar).reshape(flat.shape))
             grads = {"weight": contiguous(taps_bar.T)[:, None], "bias": bias_bar}
             return grads, xbar.reshape(x.shape)
 
-        return activations.activate(self.activation, inner).reshape(x.shape), pullback
+        return loops.conv(*given).reshape(x.shape), pullback
 
     def initial_state(self, batch: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """The zeros before the first step: ``(*batch, width - 1, channels)``."""

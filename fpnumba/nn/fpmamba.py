@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn import backend
-from fpnumba.nn.backend import contiguous, product
+from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
 from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved, step_bias
 from fpnumba.nn.matrix_state import MatrixBars, Steps
@@ -212,7 +212,7 @@ class FPMamba(MatrixStateLayer):
             xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
             grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
-                grads["in_proj.bias"] = xz_bar.sum(0)
+                grads["in_proj.bias"] = column_sums(xz_bar)
             return grads, product(xz_bar, params["in_proj.weight"])
 
         return Front(seen, contiguous(z), {"b": b, "c": c, "lambda": dt}, after, pull)
@@ -368,7 +368,7 @@ class FPMamba2(MatrixStateLayer):
             whole_bar = rows(backend.joined([z_bar, seen_bar, bars["lambda"]], axis=-1))
             grads["in_proj.weight"] = product(whole_bar, flat, transposed=(True, False))
             if self.bias:
-                grads["in_proj.bias"] = whole_bar.sum(0)
+                grads["in_proj.bias"] = column_sums(whole_bar)
             return grads, product(whole_bar, params["in_proj.weight"])
 
         return Front(driven, z, {"b": b, "c": c, "lambda": dt}, after, pull)

@@ -11,8 +11,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.arrays import host_room
 from fpnumba.nn import backend, low_rank, ways
-from fpnumba.nn.activations import sigmoid, silu, silu_vjp
-from fpnumba.nn.backend import contiguous, product, zeros
+from fpnumba.nn.activations import gated, gated_vjp, sigmoid, silu
+from fpnumba.nn.backend import column_sums, contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, RMSNorm, ShortConv, part, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer
 from fpnumba.nn.mixer_maps import LowRankMap, sigmoid_vjp
@@ -193,13 +193,12 @@ class FPRNN(FixedPointLayer):
         b_inner = product(rows(branches["b"]), params["b_proj.weight"], transposed=(False, True)).reshape(
             shape
         )
-        b = silu(b_inner)
         lam_inner = product(
             rows(branches["lambda"]), params["lambda_proj.weight"], transposed=(False, True)
         ).reshape(shape)
         lam = sigmoid(lam_inner + params["lambda_proj.bias"])
 
-        cell = self._cell(params, branches["mixer"], lam, b * x_in, zeros((shape[0], inner), x))
+        cell = self._cell(params, branches["mixer"], lam, gated(b_inner, x_in), zeros((shape[0], inner), x))
         found = self._solve(cell, record, lead, keep=keep)
         h = found.h
 
@@ -217,10 +216,8 @@ class FPRNN(FixedPointLayer):
             seen_x, seen_h = x_in, cell.before(h)
         c_inner = product(rows(seen_x), w_c[:, :inner], transposed=(False, True))
         c_inner = (c_inner + product(rows(seen_h), w_c[:, inner:], transposed=(False, True))).reshape(shape)
-        c = silu(c_inner)
-        y = rows(c * h)
-        gate = silu(z)
-        normed, pull_norm = self.norm.vjp({"weight": params["output_norm.weight"]}, gate * y)
+        y = rows(gated(c_inner, h))
+        normed, pull_norm = self.norm.vjp({"weight": params["output_norm.weight"]}, gated(z, y))
         out = product(normed, params["output_trans.weight"], transposed=(False, True)).reshape(
             *lead, steps, self.d_model
         )
@@ -231,9 +228,9 @@ class FPRNN(FixedPointLayer):
             grads["output_trans.weight"] = product(out_flat, normed, transposed=(True, False))
             norm_grads, gated_bar = pull_norm(product(out_flat, params["output_trans.weight"]))
             grads["output_norm.weight"] = norm_grads["weight"]
-            z_bar = silu_vjp(z, gated_bar * y)
-            y_bar = (gated_bar * gate).reshape(shape)
-            c_bar = rows(silu_vjp(c_inner, y_bar * h))
+            z_bar, y_bar = gated_vjp(z, y, gated_bar)
+            c_bar, h_bar = gated_vjp(c_inner, h, y_bar.reshape(shape))
+            c_bar = rows(c_bar)
             grads["c_proj.weight"] = backend.joined(
                 [
                     product(c_bar, rows(seen_x), transposed=(True, False)),
@@ -243,7 +240,6 @@ class FPRNN(FixedPointLayer):
             )
             seen_x_bar = product(c_bar, w_c[:, :inner]).reshape(shape)
             seen_h_bar = product(c_bar, w_c[:, inner:]).reshape(shape)
-            h_bar = y_bar * c
             if self.short_conv is not None:
                 grads_x, x_in_bar = pull_cx(seen_x_bar)
                 grads_h, more = pull_ch(seen_h_bar)
@@ -254,12 +250,12 @@ class FPRNN(FixedPointLayer):
                 h_bar[:, :-1] += seen_h_bar[:, 1:]
 
             bars = self._pull(cell, found, h_bar)
-            x_in_bar = x_in_bar + bars.v * b
-            b_bar = rows(silu_vjp(b_inner, bars.v * x_in))
+            b_bar, more = gated_vjp(b_inner, x_in, bars.v)
+            x_in_bar, b_bar = x_in_bar + more, rows(b_bar)
             lam_bar = rows(sigmoid_vjp(lam, bars.lam))
             grads["b_proj.weight"] = product(b_bar, rows(branches["b"]), transposed=(True, False))
             grads["lambda_proj.weight"] = product(lam_bar, rows(branches["lambda"]), transposed=(True, False))
-            grads["lambda_proj.bias"] = lam_bar.sum(0)
+            grads["lambda_proj.bias"] = column_sums(lam_bar)
             branch_bars = {
                 "x": x_in_bar,
                 "b": product(b_bar, params["b_proj.weight"]).reshape(shape),

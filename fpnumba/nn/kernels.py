@@ -26,6 +26,8 @@ from fpnumba.cpu._jit import FASTMATH, _CacheFile
 F = TypeVar("F", bound=Callable[..., Any])
 
 IDENTITY, RELU, SILU, SIGMOID = range(4)
+# Numbers of a convolution on their way to its activation: they stay in the nearest cache.
+SPAN = 2048
 
 
 @cache
@@ -126,42 +128,91 @@ def activate_vjp(kind: int, x: Any, ybar: Any, xbar: Any) -> None:
 
 
 @compiled
-def conv(x: Any, weight: Any, bias: Any, initial: Any, y: Any) -> None:
-    """Depthwise causal convolution ``y_t = bias + sum_k w_k x_{t-(W-1)+k}``.
-
-    ``x, y (B, T, C)``, ``weight (W, C)``, and ``initial (B, W-1, C)`` stands before the first step.
-    """
-    batch, steps, channels = x.shape
-    width = weight.shape[0]
-    for b in range(batch):
-        for t in range(steps):
-            for c in range(channels):
-                y[b, t, c] = bias[c]
-            for k in range(width):
-                source = t - (width - 1) + k
-                if source >= 0:
-                    for c in range(channels):
-                        y[b, t, c] += weight[k, c] * x[b, source, c]
-                else:
-                    for c in range(channels):
-                        y[b, t, c] += weight[k, c] * initial[b, source + width - 1, c]
+def gated(z: Any, y: Any, out: Any) -> None:
+    """``out = silu(z) * y`` over flat arrays."""
+    one = z.dtype.type(1.0)
+    for i in range(z.size):
+        out[i] = z[i] / (one + exponential(-z[i])) * y[i]
 
 
 @compiled
-def conv_vjp(x: Any, weight: Any, ybar: Any, xbar: Any, weight_bar: Any, bias_bar: Any) -> None:
-    """Cotangents of :func:`conv` with zeros before the first step; adds into arrays that start at zero."""
+def gated_vjp(z: Any, y: Any, bar: Any, zbar: Any, ybar: Any) -> None:
+    """Cotangents of :func:`gated`."""
+    one = z.dtype.type(1.0)
+    for i in range(z.size):
+        s = one / (one + exponential(-z[i]))
+        zbar[i] = bar[i] * y[i] * s * (one + z[i] * (one - s))
+        ybar[i] = bar[i] * (z[i] * s)
+
+
+@compiled
+def _convolve(x: Any, weight: Any, bias: Any, past: Any, first: int, inner: Any) -> None:
+    """``inner = bias + sum_k w_k x_{t-(W-1)+k}`` of some steps of a sequence; ``past`` stands before the first."""
+    width, channels = weight.shape
+    for i in range(len(inner)):
+        for c in range(channels):
+            inner[i, c] = bias[c]
+        for k in range(width):
+            source = first + i - (width - 1) + k
+            if source >= 0:
+                for c in range(channels):
+                    inner[i, c] += weight[k, c] * x[source, c]
+            else:
+                for c in range(channels):
+                    inner[i, c] += weight[k, c] * past[source + width - 1, c]
+
+
+@compiled
+def conv(kind: int, x: Any, weight: Any, bias: Any, past: Any, y: Any) -> None:
+    """Depthwise causal convolution and activation, ``y_t = activation(bias + sum_k w_k x_{t-(W-1)+k})``.
+
+    ``x, y (B, T, C)``, ``weight (W, C)``, and ``past (B, W-1, C)`` stands before the first step.
+    """
     batch, steps, channels = x.shape
-    width = weight.shape[0]
+    span = max(1, SPAN // max(channels, 1))
+    inner = np.empty((span, channels), x.dtype)
     for b in range(batch):
-        for t in range(steps):
-            for c in range(channels):
-                bias_bar[c] += ybar[b, t, c]
-            for k in range(width):
-                source = t - (width - 1) + k
-                if source >= 0:
-                    for c in range(channels):
-                        weight_bar[k, c] += ybar[b, t, c] * x[b, source, c]
-                        xbar[b, source, c] += ybar[b, t, c] * weight[k, c]
+        for first in range(0, steps, span):
+            count = min(span, steps - first)
+            _convolve(x[b], weight, bias, past[b], first, inner[:count])
+            activate(kind, inner[:count].reshape(-1), y[b, first : first + count].reshape(-1))
+
+
+@compiled
+def conv_vjp(
+    kind: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    past: Any,
+    ybar: Any,
+    xbar: Any,
+    weight_bar: Any,
+    bias_bar: Any,
+) -> None:
+    """Cotangents of :func:`conv`; adds into arrays that start at zero."""
+    batch, steps, channels = x.shape
+    width, span = weight.shape[0], max(1, SPAN // max(channels, 1))
+    inner, bar = np.empty((span, channels), x.dtype), np.empty((span, channels), x.dtype)
+    for b in range(batch):
+        for first in range(0, steps, span):
+            count = min(span, steps - first)
+            if kind != IDENTITY:
+                _convolve(x[b], weight, bias, past[b], first, inner[:count])
+            outer = ybar[b, first : first + count]
+            activate_vjp(kind, inner[:count].reshape(-1), outer.reshape(-1), bar[:count].reshape(-1))
+            for i in range(count):
+                for c in range(channels):
+                    bias_bar[c] += bar[i, c]
+                for k in range(width):
+                    source = first + i - (width - 1) + k
+                    if source >= 0:
+                        for c in range(channels):
+                            weight_bar[k, c] += bar[i, c] * x[b, source, c]
+                            xbar[b, source, c] += bar[i, c] * weight[k, c]
+                    else:
+                        for c in range(channels):
+                            weight_bar[k, c] += bar[i, c] * past[b, source + width - 1, c]
 
 
 @compiled

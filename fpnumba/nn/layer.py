@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn.activations import check
-from fpnumba.nn.backend import contiguous, product, zeros
+from fpnumba.nn.backend import column_sums, contiguous, product, zeros
 from fpnumba.nn.basic import Params, Pullback, Record, part, rows
 from fpnumba.nn.mixer_maps import FixedMap, make_map
 from fpnumba.nn.mixing import Mixer
@@ -185,7 +185,7 @@ class FixedPointLayer(ABC):
         total.first[:, :width] += product(flat_bar, rows(x), transposed=(True, False))
         if feedback_bar is not None:
             total.first[:, -width:] += feedback_bar
-        total.bias += flat_bar.sum(0)
+        total.bias += column_sums(flat_bar)
         x_bar = product(flat_bar, weights.first[:, :width]).reshape(x.shape)
         return self.map.stack.weights_vjp(mixer_params, total), x_bar
 

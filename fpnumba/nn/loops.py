@@ -34,6 +34,20 @@ def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
     return xbar
 
 
+def gated(z: Array, y: Array) -> Array:
+    """``silu(z) * y``."""
+    out = np.empty_like(z)
+    kernels.gated(z.reshape(-1), y.reshape(-1), out.reshape(-1))
+    return out
+
+
+def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
+    """Cotangents of `z` and `y` of :func:`gated`."""
+    zbar, ybar = np.empty_like(z), np.empty_like(y)
+    kernels.gated_vjp(*(a.reshape(-1) for a in (z, y, bar, zbar, ybar)))
+    return zbar, ybar
+
+
 def normalize(y: Array, eps: float) -> tuple[Array, Array]:
     """``u = y / max(||y||, eps)`` row by row, ``(N, D)``, and the norms ``(N,)`` before the maximum."""
     u, norm = np.empty_like(y), np.empty(len(y), y.dtype)
@@ -98,18 +112,30 @@ def rms_norm_vjp(x: Array, weight: Array, scale: Array, ybar: Array) -> tuple[Ar
     return xbar, weight_bar
 
 
-def conv(x: Array, taps: Array, bias: Array) -> Array:
-    """``y_t = bias + sum_k taps_k x_{t-(W-1)+k}``, zeros before the first step; ``x (B, T, C)``, ``taps (W, C)``."""
-    past, y = np.zeros((len(x), len(taps) - 1, x.shape[2]), x.dtype), np.empty_like(x)
-    kernels.conv(x, taps, bias, past, y)
+def conv(
+    x: Array, taps: Array, bias: Array, activation: str = "identity", past: Array | None = None
+) -> Array:
+    """``y_t = activation(bias + sum_k taps_k x_{t-(W-1)+k})``; ``x (B, T, C)``, ``taps (W, C)``.
+
+    ``past (B, W - 1, C)`` stands before the first step, zeros if left out.
+    """
+    y = np.empty_like(x)
+    kernels.conv(ACTIVATIONS[activation], x, taps, bias, _past(x, taps, past), y)
     return y
 
 
-def conv_vjp(x: Array, taps: Array, ybar: Array) -> tuple[Array, Array, Array]:
-    """Cotangents of `x`, `taps` and the bias of :func:`conv`."""
+def conv_vjp(
+    x: Array, taps: Array, bias: Array, activation: str, past: Array | None, ybar: Array
+) -> tuple[Array, Array, Array]:
+    """Cotangents of `x`, `taps` and the bias of :func:`conv`; what stands before the first step has none."""
     xbar, taps_bar, bias_bar = np.zeros_like(x), np.zeros_like(taps), np.zeros(x.shape[2], x.dtype)
-    kernels.conv_vjp(x, taps, ybar, xbar, taps_bar, bias_bar)
+    given = x, taps, bias, _past(x, taps, past), ybar
+    kernels.conv_vjp(ACTIVATIONS[activation], *given, xbar, taps_bar, bias_bar)
     return xbar, taps_bar, bias_bar
+
+
+def _past(x: Array, taps: Array, past: Array | None) -> Array:
+    return np.zeros((len(x), len(taps) - 1, x.shape[2]), x.dtype) if past is None else past
 
 
 def lstm_step(gates: Array, fed: Array, before: Array, c: Array, h: Array) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fpnumba.nn import backend
-from fpnumba.nn.backend import contiguous, empty, product, zeros
+from fpnumba.nn.backend import column_sums, contiguous, empty, product, zeros
 from fpnumba.nn.basic import Params, Pullback, rows, uniform
 from fpnumba.nn.plain import Array, PlainLayer, State
 
@@ -101,7 +101,7 @@ class LSTM(PlainLayer):
                 loops.lstm_step_vjp(gates[t], c[t], c[t + 1], h_bar[t], fed_bar, c_bar, raw_bar[t])
                 fed_bar = product(raw_bar[t], w_state)
             flat_bar = raw_bar.reshape(-1, 4 * inner)
-            grads["bias"] = flat_bar.sum(0)
+            grads["bias"] = column_sums(flat_bar)
             grads["weight_ih"] = product(flat_bar, flat, transposed=(True, False))
             grads["weight_hh"] = product(flat_bar, h[:-1].reshape(-1, inner), transposed=(True, False))
             x_bar = product(flat_bar, w_in).reshape(steps, batch, self.d_model)

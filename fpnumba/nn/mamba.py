@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fpnumba.nn import backend
-from fpnumba.nn.activations import silu, silu_vjp
-from fpnumba.nn.backend import contiguous, product
+from fpnumba.nn.activations import gated, gated_vjp
+from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import Params, Pullback, ShortConv, part, rows, under, uniform
 from fpnumba.nn.matrix_layer import convolved, step_bias
 from fpnumba.nn.matrix_state import Steps
@@ -120,24 +120,23 @@ class Mamba(PlainLayer):
         A = -np.exp(params["A_log"])
         given = (seen, delta, A, B, C, params["D"], state["H"])
         y, last = scan.selective_scan(*given)
-        opened = silu(z)
-        gated = rows(opened * y)
-        out = product(gated, params["out_proj.weight"], transposed=(False, True))
+        opened = rows(gated(z, y))
+        out = product(opened, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
 
         def pullback(out_bar: Array) -> tuple[Params, Array]:
             out_bar = rows(out_bar)
-            grads: Params = {"out_proj.weight": product(out_bar, gated, transposed=(True, False))}
-            gated_bar = product(out_bar, params["out_proj.weight"]).reshape(shape)
-            z_bar = silu_vjp(z, gated_bar * y)
+            grads: Params = {"out_proj.weight": product(out_bar, opened, transposed=(True, False))}
+            opened_bar = product(out_bar, params["out_proj.weight"]).reshape(shape)
+            z_bar, y_bar = gated_vjp(z, y, opened_bar)
             seen_bar, delta_bar, A_bar, B_bar, C_bar, grads["D"], _ = scan.selective_scan_vjp(
-                *given, gated_bar * opened, None
+                *given, y_bar, None
             )
             grads["A_log"] = A * A_bar
             # the derivative of softplus, from its value
             step_bar = rows(-np.expm1(-delta) * delta_bar)
-            grads["dt_proj.bias"] = step_bar.sum(0)
+            grads["dt_proj.bias"] = column_sums(step_bar)
             grads["dt_proj.weight"] = product(step_bar, rows(p), transposed=(True, False))
             p_bar = product(step_bar, params["dt_proj.weight"])
             projected_bar = backend.joined([p_bar, rows(B_bar), rows(C_bar)], axis=1)
@@ -149,7 +148,7 @@ class Mamba(PlainLayer):
             xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
             grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
             if self.bias:
-                grads["in_proj.bias"], grads["out_proj.bias"] = xz_bar.sum(0), out_bar.sum(0)
+                grads["in_proj.bias"], grads["out_proj.bias"] = column_sums(xz_bar), column_sums(out_bar)
             return grads, product(xz_bar, params["in_proj.weight"])
 
         after = {"H": last} if window is None else {"H": last, "conv": window}

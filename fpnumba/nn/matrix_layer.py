@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn import backend, matrix_low_rank, matrix_ways, ways
-from fpnumba.nn.activations import silu, silu_vjp
-from fpnumba.nn.backend import contiguous, product
+from fpnumba.nn.activations import gated, gated_vjp, silu, silu_vjp
+from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer, State
 from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
@@ -244,13 +244,12 @@ class MatrixStateLayer(FixedPointLayer):
         cell = self._cell(params, folded, front, state)
         found, after = self._solve(cell, keep=keep)
         self._tell(found.solution, record, lead)
-        y, gated, opened, z = found.h, found.h, None, front.z
+        y, opened, z = found.h, found.h, front.z
         w_z = folded.w_z
         if w_z is not None:
             z = z + product(rows(cell.before(y)), w_z, transposed=(False, True)).reshape(z.shape)
-            opened = silu(z)
-            gated = opened * y
-        flat = rows(gated)
+            opened = gated(z, y)
+        flat = rows(opened)
         out = product(flat, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
@@ -259,18 +258,18 @@ class MatrixStateLayer(FixedPointLayer):
             out_flat = rows(out_bar)
             grads: Params = {"out_proj.weight": product(out_flat, flat, transposed=(True, False))}
             if self.bias:
-                grads["out_proj.bias"] = out_flat.sum(0)
+                grads["out_proj.bias"] = column_sums(out_flat)
             y_bar = product(out_flat, params["out_proj.weight"]).reshape(y.shape)
-            z_bar = np.zeros_like(front.z)
-            if opened is not None and w_z is not None:
-                z_bar = silu_vjp(z, y_bar * y)
-                y_bar = y_bar * opened
+            z_bar = None
+            if w_z is not None:
+                z_bar, y_bar = gated_vjp(z, y, y_bar)
                 w_z_bar = product(rows(z_bar), rows(cell.before(y)), transposed=(True, False))
                 grads |= weight_vjp("z_y_proj", self.weight_norm, params, w_z_bar)
                 y_bar[:, :-1] += product(rows(z_bar), w_z).reshape(y.shape)[:, 1:]
             bars, _ = self._pull(cell, found, y_bar)
             if bars.gate is not None:
-                z_bar = z_bar + silu_vjp(front.z, bars.gate)
+                inside = silu_vjp(front.z, bars.gate)
+                z_bar = inside if z_bar is None else z_bar + inside
             inner_grads, x_bar = self._cell_vjp(params, front, cell, bars)
             front_grads, input_bar = front.pull(x_bar, z_bar, bars.base)
             grads |= inner_grads | front_grads
@@ -380,10 +379,10 @@ class MatrixStateLayer(FixedPointLayer):
         cell = self._cell(params, folded, front, state)
         found, (y, last) = self._sequential(cell, self.solver, keep=False)
         report(f"{type(self).__name__}.step", found.solution, self.solver.on_failure)
-        gated = y
+        opened = y
         if folded.w_z is not None:
-            gated = silu(front.z[:, 0] + product(cell.initial[0], folded.w_z, transposed=(False, True))) * y
-        out = product(gated, params["out_proj.weight"], transposed=(False, True))
+            opened = gated(front.z[:, 0] + product(cell.initial[0], folded.w_z, transposed=(False, True)), y)
+        out = product(opened, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
         return out.reshape(*lead, self.d_model), self._state(lead, (y, last), front)
@@ -402,14 +401,8 @@ def convolved(
     """The short convolution after a window of earlier inputs, the next window, and the adjoint."""
     if conv is None or window is None:
         return x, None, None
-    past = backend.joined([window, x], axis=1)
-    y, pull = conv.vjp(params, past)
-    width = window.shape[1]
-
-    def pullback(y_bar: Array) -> tuple[Params, Array]:
-        whole = backend.joined([np.zeros_like(window), y_bar], axis=1)
-        grads, past_bar = pull(whole)
-        return grads, past_bar[:, width:]
-
-    after = past[:, past.shape[1] - width :]
-    return contiguous(y[:, width:]), contiguous(after), pullback
+    y, pull = conv.vjp(params, x, past=window)
+    steps, width = x.shape[1], window.shape[1]
+    if steps < width:
+        return y, backend.joined([window[:, steps:], x], axis=1), pull
+    return y, contiguous(x[:, steps - width :]), pull

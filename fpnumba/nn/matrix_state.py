@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fpnumba.arrays import namespace, to_numpy
 from fpnumba.nn import backend, matrix_device, mixing
-from fpnumba.nn.backend import contiguous, product
+from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
@@ -369,7 +369,7 @@ class MatrixBars:
         """Add what a cotangent of ``delta`` means for its weight and bias; return that of its argument."""
         # the derivative of softplus, from its value
         raw_bar = -np.expm1(-delta) * delta_bar
-        self.step_bias += rows(raw_bar).sum(0)
+        self.step_bias += column_sums(rows(raw_bar))
         weight = self.cell.steps.weight
         if weight is not None and self.step_weight is not None:
             flat_bar = rows(raw_bar)
