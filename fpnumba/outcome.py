@@ -189,19 +189,19 @@ class Solution:
             waiting = self.__dict__.get("_waiting", {})
             if name in waiting:
                 return replace(waiting[name], shape=(*lead, *tail))
-            return getattr(self, name).reshape(*lead, *tail)
+            return getattr(self, name).reshape((*lead, *tail))
 
         value, history = self.value, self.history
         chunks = self.__dict__.get("_waiting", {}).get("chunk_iterations", None)
         shape = self.chunk_iterations.shape if chunks is None else chunks.shape
         return Solution(
-            value=value.reshape(*lead, *value.shape[1:]),
+            value=value.reshape((*lead, *value.shape[1:])),
             status=told("status"),
             iterations=told("iterations"),
             residual=told("residual"),
             method=self.method,
             chunk_iterations=told("chunk_iterations", shape[-1]),
-            history=None if history is None else history.reshape(len(history), *lead),
+            history=None if history is None else history.reshape((len(history), *lead)),
         )
 
     @property

@@ -89,7 +89,7 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
   real bends[3] = {};
   if (R == 1) {
     of.turns(bends);
-    for (int k = 0; k < 3; ++k) bends[k] = S[0][0] != 0 && is_finite(bends[k]) ? bends[k] / S[0][0] + xi[0] : (real)0;
+    for (int k = 0; k < 3; ++k) bends[k] = MODE && S[0][0] != 0 && is_finite(bends[k]) ? bends[k] / S[0][0] + xi[0] : (real)0;
   }
 #pragma unroll
   for (int i = 0; i < R; ++i) sigma[i] = 0;
@@ -120,20 +120,23 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
     }
     if constexpr (R == 1) {
       const real slope = of.slope(tau[0], inverse) * S[0][0], gap = 1 - slope, ahead = next[0] - sigma[0];
-      if (!done && slope >= 0 && count <= BOLD) {
-        // Where the map grows, its iterates go towards the nearest fixed point that way. Newton's step, or one to where the
-        // map bends or turns if that is nearer, passes it by no more than itself.
+      const bool turns = (bends[0] - sigma[0]) * (bends[0] - next[0]) <= 0;
+      if (!done && count <= BOLD && (slope >= 0 || (!turns && (slope > -1 || swings > 1 || damping < 1)))) {
+        // Where the map grows, its iterates go towards the nearest fixed point that way; where it falls up to its next
+        // value, there is one between. Newton's step, or one to where the map bends or turns if that is nearer, passes that
+        // one and no other. With no bend ahead there is exactly one, however far.
         real far = slope < 1 ? magnitude(ahead) / gap : LARGEST;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
           const real there = (bends[k] - sigma[0]) * (ahead > 0 ? (real)1 : (real)-1);
           if (there > (real)1e-4 * larger(size, magnitude(bends[k])) && there < far) far = there;
         }
-        if (far == LARGEST) far = magnitude(ahead);
+        if (far == LARGEST) far = 8 * larger(magnitude(ahead), size);
         sigma[0] += ahead > 0 ? far : -far;
         move(sigma, tau);
         inverse = of.map(tau, next);
         known = false;
+        past[0] = 0;
         continue;
       }
       // Newton's method, where the slope hardly changes on the way (Kantorovich: there is one solution nearby) and the
