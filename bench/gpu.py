@@ -20,6 +20,15 @@ SCANS = ((256, 512, 1024), (64, 2048, 1024), (8, 65536, 1536), (1, 65536, 1024))
 SELECTIVES = ((64, 2048, 1024), (512, 17, 1024))
 STATES = 16
 SOLVES = ((256, 512, 1024), (64, 2048, 1024), (1, 65536, 1024))
+# Layers of FP-Mamba: (B, T), the mixer, the way to the fixed point and the gradient.
+LAYERS = (
+    ((512, 17), "householder", "sequential", "exact"),
+    ((512, 17), "householder", "sequential", "one-step"),
+    ((512, 17), "householder", "parallel", "one-step"),
+    ((512, 17), "kronecker", "parallel", "one-step"),
+    ((64, 2048), "householder", "parallel", "one-step"),
+    ((64, 2048), "kronecker", "parallel", "one-step"),
+)
 RTOL = 1e-6
 LONG_ENOUGH = 0.02  # seconds that a measurement takes at least
 QUIET: dict[str, Any] = {"on_failure": "ignore"}  # nothing is asked of the device until the end
@@ -312,34 +321,43 @@ def _replayed(bench: Bench, shape: tuple[int, int, int], solver: fp.Solver) -> N
     bench.add("fixed_point_rnn, direct, as a CUDA graph", shape, seconds, 3 * x.nbytes + _mixer_bytes(mixer))
 
 
-def _layer_case(bench: Bench, shape: tuple[int, int], mixer: str, exact: bool, width: int) -> None:
-    """A layer, products of matrices in bfloat16: step after step with the exact gradient, or in parallel to the
-    published stopping rule of training with the one-step gradient."""
+def _layer_case(bench: Bench, shape: tuple[int, int], mixer: str, way: str, gradient: str, width: int) -> None:
+    """A training step of a layer, products of matrices in bfloat16; recorded and launched as one where it can be.
+
+    Step after step to a tolerance, or in parallel to the published stopping rule of training.
+    """
     import cupy
 
-    from fpnumba import nn
-    from fpnumba.gpu import use_precision
+    from fpnumba import gpu, nn
 
-    if exact:
-        solver, adjoint = fp.Solver(rtol=1e-3, **QUIET), fp.Adjoint(rtol=1e-3, **QUIET)
+    if way == "sequential":
+        solver = fp.Solver(rtol=1e-3, **QUIET)
     else:
         rule: dict[str, Any] = {"criterion": "published", "rtol": 0.1, "quantile": 0.75, "max_iter": 16}
-        damped: dict[str, Any] = {"damping": 0.99, "damping_decay": 0.9}
-        solver, adjoint = fp.Solver("parallel", **rule, **damped, **QUIET), fp.Adjoint("one-step")
-    layer = nn.FPMamba(
-        width, mixer=mixer, alpha_max=1.0, solver=solver, adjoint=adjoint, train_mode=not exact
-    )
+        solver = fp.Solver("parallel", **rule, damping=0.99, damping_decay=0.9, **QUIET)
+    adjoint = fp.Adjoint("one-step") if gradient == "one-step" else fp.Adjoint(rtol=1e-3, **QUIET)
+    options: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "train_mode": way == "parallel"}
+    layer = nn.FPMamba(width, mixer=mixer, alpha_max=1.0, **options)
     rng, record = np.random.default_rng(0), list[Any]()
     params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
     x = cupy.asarray(rng.standard_normal((*shape, width)).astype(np.float32))
     y_bar = cupy.ones_like(x)
-    with use_precision("bfloat16"):
+
+    def both() -> object:
+        y, pullback = layer.vjp(params, x)
+        return y, *pullback(y_bar)
+
+    with gpu.use_precision("bfloat16"):
         layer(params, x, record=record)
         forward = seconds_on_device(lambda: layer(params, x), repeats=3)
-        both = seconds_on_device(lambda: layer.vjp(params, x)[1](y_bar), repeats=3)
-    way = "exact" if exact else "one-step"
-    note = f"forward {forward * 1e3:.2f} ms, iterations {int(record[0].iterations.max())}"
-    bench.add(f"FPMamba {width}, {mixer}, {way}", (*shape, width), both, None, note=note)
+        seconds = seconds_on_device(both, repeats=3)
+        told = f"forward {forward * 1e3:.2f} ms, iterations {int(record[0].iterations.max())}"
+        try:
+            recorded = seconds_on_device(gpu.capture(both), repeats=3)
+            told += f"; launch by launch {seconds * 1e3:.2f} ms"
+        except gpu.NotRecorded:
+            recorded = seconds
+    bench.add(f"FPMamba {width}, {mixer}, {way}, {gradient}", (*shape, width), recorded, None, note=told)
 
 
 def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
@@ -402,10 +420,9 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     _solve_case(bench, "fixed_point_rnn, Monarch 64", p, chunked, per_iteration=per)
     del p
     clean()
-    layers = [((8, 17), True)] if quick else [((512, 17), True), ((512, 17), False), ((64, 2048), False)]
-    for shape_, exact in layers:
-        for mixer in ("householder",) if exact else ("householder", "kronecker"):
-            _layer_case(bench, shape_, mixer, exact, 64 if quick else 512)
+    for shape_, mixer, way, gradient in LAYERS:
+        if not quick or shape_ == LAYERS[0][0]:
+            _layer_case(bench, (8, 17) if quick else shape_, mixer, way, gradient, 64 if quick else 512)
             clean()
     if peers:
         _peers(bench, wide, values[wide], solver)

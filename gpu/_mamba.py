@@ -20,6 +20,8 @@ Array = Any
 MOST_RANK, BLOCK = 8, 512
 # Numbers of the state's cotangents that a thread adds up in registers at most.
 MOST_HELD = 128
+# Blocks that a multiprocessor shall hold where a thread has little to hold itself.
+RESIDENT = {"mamba_solve": 2, "mamba_pull": 2}
 # Bytes of cotangents of the rates that are added up in shared memory.
 MOST_SHARED_RATES = 128 * 1024
 
@@ -63,6 +65,8 @@ class Layout(NamedTuple):
         }
         if name == "mamba_pull":
             macros["RATES_SHARED"] = int(self.rates > 0)
+        if name in RESIDENT:
+            macros["RESIDENT"] = self.resident(name)
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     @property
@@ -70,6 +74,11 @@ class Layout(NamedTuple):
         """Numbers of shared memory for the cotangents of the rates; none where they would be too many."""
         count = (1 if self.heads else self.states) * self.channels * self.threads
         return count if count * self._real <= MOST_SHARED_RATES else 0
+
+    def resident(self, name: str) -> int:
+        """Blocks that a multiprocessor shall hold."""
+        few = self.rank == 1 and self.channels * self.states <= 32 and self.dtype == "float32"
+        return RESIDENT[name] if few else 1
 
     @property
     def _real(self) -> int:
@@ -306,7 +315,7 @@ class _Back:
 
     def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, _device.multiprocessors())
+        self.blocks = min(batch, one.resident("mamba_pull") * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0

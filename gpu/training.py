@@ -154,7 +154,7 @@ class AdamW:
         addresses = xp.empty(len(kept), np.int64)  # a recording would make zeros anew
         where = np.array([_device.address(g) for g in kept], np.int64)
         # the gradients have to live as long as a recording does
-        _recording.afterwards(lambda kept=kept: _put(addresses, where))  # type: ignore[misc]
+        _recording.afterwards(lambda kept=kept: put(addresses, where))  # type: ignore[misc]
         blocks, dtype, shared = len(self._pieces), self._p.dtype, 8 * THREADS
         arguments = (self._pieces, addresses, self._found)
         _device.launch(_kernel("squares", dtype), blocks, THREADS, arguments, shared=shared)
@@ -168,7 +168,8 @@ class AdamW:
         return first | {f"v.{name}": value for name, value in self._second.items()}
 
 
-def _put(target: Array, source: Any) -> None:
+def put(target: Array, source: Any) -> None:
+    """Copy an array of the host into one of the device."""
     if isinstance(target, np.ndarray):
         target[...] = source
     else:

@@ -242,7 +242,7 @@ class MatrixStateLayer(FixedPointLayer):
         front = self._front(params, contiguous(x).reshape(count, steps, self.d_model), window)
         folded = self._fold(params, x.dtype)
         cell = self._cell(params, folded, front, state)
-        found, after = self._solve(cell, keep=keep)
+        found, after = self._solve(cell, keep=keep and self.adjoint.method == "implicit")
         self._tell(found.solution, record, lead)
         y, opened, z = found.h, found.h, front.z
         w_z = folded.w_z

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fpnumba.arrays import to_numpy
 from fpnumba.nn import AdamW, Model
 from fpnumba.nn.backend import joined
 from fpnumba.nn.optim import decays
@@ -106,7 +107,7 @@ class OnDevice:
                 stream(self._config.seed, "data", self._step), self._config.batch, length
             )
             for buffer, drawn in zip((tokens, targets), self._group.share(*found), strict=True):
-                buffer.set(drawn)
+                self._training.put(buffer, np.ascontiguousarray(drawn))
         with self._gpu.use_precision(self._config.precision):
             if known or self._group.size > 1:
                 go()
@@ -166,7 +167,7 @@ class OnDevice:
         first, self._told = self._told, self._step
         if first == self._step:
             return []
-        kept = self._log.rows.get()
+        kept = to_numpy(self._log.rows)
         solved = self._config.model.get("layer", {}).get("kind", "FPRNN") not in PLAIN
         rows = []
         for step in range(max(first, self._step - LOG), self._step):
@@ -184,6 +185,6 @@ class OnDevice:
 
     def fetched(self) -> tuple[Arrays, Arrays]:
         """Parameters and optimiser state, on the host."""
-        params = {name: value.get() for name, value in self._optimizer.params.items()}
-        state = {name: value.get() for name, value in self._optimizer.state().items()}
+        params = {name: to_numpy(value).copy() for name, value in self._optimizer.params.items()}
+        state = {name: to_numpy(value).copy() for name, value in self._optimizer.state().items()}
         return params, {"step": np.asarray(self._step, np.int64), **state}

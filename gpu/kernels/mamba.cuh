@@ -16,8 +16,9 @@
 //     u_i = a / max(||a||, eps), a = act(.);  alpha = alpha_max sigmoid(.);  B, C = (.) / max(||.||, eps)
 //
 // Macros: STORE; RANK; PRODUCT (Householder) 0 or 1; MODE of the norm: 0 none, 1 mean square, 2 centred; GATED, HEADS,
-// MADE 0 or 1; ACT of the arguments: 0 none, 1 silu, 2 relu; THREADS; CHANNELS of a thread; STATES, the
-// most that N may be, and FULL if it is that, and rows of N can be read 16 bytes at a time.
+// MADE 0 or 1; ACT of the arguments: 0 none, 1 silu, 2 relu; THREADS; CHANNELS of a thread; STATES, the most that N may
+// be, and FULL if it is that, and rows of N can be read 16 bytes at a time; RESIDENT, the blocks that a multiprocessor shall
+// hold.
 #pragma once
 #include "sums.cuh"
 

@@ -12,7 +12,7 @@
 // where they are too much to be held in registers meanwhile), the new G once.
 #include "mamba.cuh"
 
-constexpr bool HOLD = 2 * OWN * VECTOR * (int)sizeof(real) <= 256;
+constexpr bool HOLD = 2 * OWN * VECTOR * (int)sizeof(real) * RESIDENT <= 256;
 // Cotangents of the rates: of a thread's own numbers, or with HEADS of its channels.
 constexpr int RATES = HEADS ? CHANNELS : OWN * VECTOR;
 
@@ -21,7 +21,7 @@ constexpr int RATES = HEADS ? CHANNELS : OWN * VECTOR;
 // for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
 // (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
 // arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
            const store* y, const store* y_bar, const store* more_bar, i64 batch, i64 steps, i64 t, int dim, int size,

@@ -7,7 +7,7 @@
 // written once; twice, from the caches, where it is too much to be held in registers meanwhile.
 #include "mamba.cuh"
 
-constexpr bool HOLD = OWN * VECTOR * (int)sizeof(real) <= 128;
+constexpr bool HOLD = OWN * VECTOR * (int)sizeof(real) * RESIDENT <= 128;
 
 // With more numbers than one: once a step has been iterated so near to its end that the geometric series has less than
 // this of its size left, Newton's method may take over, and may not go much further: there may be other solutions.
@@ -213,7 +213,7 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
 // arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
 // Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds and of R more, then one a channel.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
             const store* skip, const store* gate, const store* weight, const store* bias, const store* before, store* state,
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
@@ -304,8 +304,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
       real r = 0;
       if (d < dim) {
         const real dt = in.step(d);
-        store* h = state + (b * dim + d) * size;
-        const store* was = t == from ? before + (b * dim + d) * size : h;
+        const store* was = (t == from ? before : state) + (b * dim + d) * size;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) {
           const int n = piece_begin(piece);
@@ -318,7 +317,6 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
             now[k] *= decay[k];
             r += now[k] * rowC[n + k];
           }
-          if constexpr (!HOLD) store_part(h, size, n, now);
         }
       }
       r = lanes_total(r);
@@ -450,7 +448,13 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
         for (int piece = 0; piece < PIECES; ++piece) {
           const int n = piece_begin(piece);
           real(&now)[VECTOR] = held[HOLD ? pass * PIECES + piece : 0];
-          if constexpr (!HOLD) load_part(h, size, n, now);
+          if constexpr (!HOLD) {
+            real rate[VECTOR], decay[VECTOR];
+            load_part((t == from ? before : state) + (b * dim + d) * size, size, n, now);
+            in.decays(d, in.step(d), n, rate, decay);
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) now[k] *= decay[k];
+          }
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) now[k] += drive * rowB[n + k];
           store_part(h, size, n, now);
