@@ -144,6 +144,7 @@ class AdamW:
         self._pieces = xp.asarray(np.array(pieces, np.int64))
         self._decays = xp.asarray(np.array([decays[name] for name in params], np.int64))
         self._rates = xp.asarray(np.asarray(rates, np.float64))
+        self._addresses: Array | None = None
         self._found = xp.zeros(len(pieces), np.float64)
         self.norm = xp.zeros(1, np.float64)
 
@@ -151,7 +152,9 @@ class AdamW:
         """One step, the number `step` of which is on the device."""
         xp = _device.xp()
         kept = [xp.ascontiguousarray(grads[name]) for name in self._names]
-        addresses = xp.empty(len(kept), np.int64)  # a recording would make zeros anew
+        # A recording has the table of the run before it, which nothing else in the recording can have written
+        addresses = self._addresses if self._addresses is not None else xp.empty(len(kept), np.int64)
+        self._addresses = None if _recording.recording() is not None else addresses
         where = np.array([_device.address(g) for g in kept], np.int64)
         # the gradients have to live as long as a recording does
         _recording.afterwards(lambda kept=kept: put(addresses, where))  # type: ignore[misc]
