@@ -321,7 +321,9 @@ def _replayed(bench: Bench, shape: tuple[int, int, int], solver: fp.Solver) -> N
     bench.add("fixed_point_rnn, direct, as a CUDA graph", shape, seconds, 3 * x.nbytes + _mixer_bytes(mixer))
 
 
-def _layer_case(bench: Bench, shape: tuple[int, int], mixer: str, way: str, gradient: str, width: int) -> None:
+def _layer_case(
+    bench: Bench, shape: tuple[int, int], mixer: str, way: str, gradient: str, width: int
+) -> None:
     """A training step of a layer, products of matrices in bfloat16; recorded and launched as one where it can be.
 
     Step after step to a tolerance, or in parallel to the published stopping rule of training.

@@ -87,10 +87,11 @@ def capture(function: Callable[[], Any]) -> Captured:
                 result = function()
         except BaseException as error:
             _abandon(stream)
-            if isinstance(error, cuda.runtime.CUDARuntimeError) and "Capture" in str(error):
+            # CuPy's and the runtime's own errors say it in words alone
+            if isinstance(error, RuntimeError) and "captur" in str(error).lower():
                 raise NotRecorded(
-                    "this work cannot be recorded, because it waits for the device: a solver needs "
-                    "on_failure='ignore' and the sequential way"
+                    "this work cannot be recorded, because it waits for the device or copies from the host: a solver "
+                    "needs on_failure='ignore' and the sequential way"
                 ) from error
             raise
         graph = stream.end_capture()

@@ -1,5 +1,7 @@
 """Layers on a device give what they give on the CPU: values, gradients, decoding, training."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from numpy.testing import assert_allclose
 
 from fpnumba import nn
 from fpnumba.arrays import Room as Doors
+from fpnumba.arrays import use_room
 from fpnumba.gpu import use_precision
 from fpnumba.nn import backend
 from fpnumba.nn.layer import FixedPointLayer
@@ -221,3 +224,30 @@ def test_precisions(name: str, error: float, rng: Any) -> None:
     assert np.abs(found.get() - wanted).max() <= error * np.abs(wanted).max()
     for key, grad in grads.items():
         assert np.abs(theirs[key].get() - grad).max() <= 3 * error * (np.abs(grad).max() + 1e-3), key
+
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("fpmamba_*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_in_single_precision(room: Room, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most twice as far from the published float64 case as plain NumPy in float32."""
+    data = np.load(path, allow_pickle=False)
+    meta = json.loads(bytes(data["meta"]))
+    state = {name[6:]: data[name].astype(np.float32) for name in data.files if name.startswith("param.")}
+    layer, params = nn.from_official(meta, state)
+    x, y_bar = data["in.x"].astype(np.float32), data["cot.y"].astype(np.float32)
+
+    def errors(y: Any, x_bar: Any) -> list[float]:
+        pairs = ((room.get(y), data["out.y"]), (room.get(x_bar), data["grad1.x"]))
+        return [np.sqrt(np.mean((one - right) ** 2) / np.mean(right**2)) for one, right in pairs]
+
+    def plainly() -> tuple[Any, Any]:
+        with use_room("reference"):
+            y, pullback = layer.vjp(params, x)
+            return y, pullback(y_bar)[1]
+
+    plain = errors(*(room.give(a) for a in Host(monkeypatch)(plainly)))
+    found, pullback = layer.vjp(put(room, params), room.give(x))
+    for ours, theirs in zip(errors(found, pullback(room.give(y_bar))[1]), plain, strict=True):
+        assert ours <= 2 * theirs

@@ -70,6 +70,28 @@ def test_golden(path, room):
         np.testing.assert_allclose(bar, data[f"grad1.{name}"], rtol=1e-10, atol=atol)
 
 
+def single(path, room):
+    """Errors of value and input gradient in float32: root mean squares over those of the golden case."""
+    data = np.load(path, allow_pickle=False)
+    meta = json.loads(bytes(data["meta"]))
+    state = {name[6:]: data[name].astype(np.float32) for name in data.files if name.startswith("param.")}
+    layer, params = fp.nn.from_official(meta, state)
+    with fp.arrays.use_room(room):
+        y, pullback = fp.vjp(layer, params, data["in.x"].astype(np.float32))
+        _, x_bar = pullback(data["cot.y"].astype(np.float32))
+    assert y.dtype == x_bar.dtype == np.float32
+    pairs = ((y, data["out.y"]), (x_bar, data["grad1.x"]))
+    return [np.sqrt(np.mean((one - right) ** 2) / np.mean(right**2)) for one, right in pairs]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_in_single_precision(path):
+    """At most twice as far from the float64 case as plain NumPy in float32."""
+    for found, plain in zip(single(path, "cpu"), single(path, "reference"), strict=True):
+        assert 0 < plain < 1e-3
+        assert found <= 2 * plain
+
+
 @ALL
 @pytest.mark.parametrize("hidden", [EVERYTHING, ()], ids=["hidden", "input only"])
 def test_all_ways_agree_and_decoding_too(mixer, rank, hidden, rng):

@@ -38,7 +38,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("task", ["s3", "parity-final"])
+@pytest.mark.parametrize("task", ["s3", "copy"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_updates(room: Room, task: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"d_model": 6, "layer": LAYERS[layer]}
@@ -88,8 +88,6 @@ def test_a_run_goes_on_bitwise(room: Room) -> None:
     for one, other in zip(whole.fetched(), part.fetched(), strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
 
 
 @pytest.mark.skipif(gpu.absent() is None, reason="there is a GPU")

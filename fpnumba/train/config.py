@@ -25,26 +25,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_lengths": [4, 8, 16],
         "eval_batch": 64,
     },
+    # Word problems of groups that no diagonal network tracks, in minutes on two cores, in seconds on a GPU. What does
+    # not converge on the way is told in the metrics.
     "cpu": {
-        "model": {"d_model": 48, "layer": {"mixer": "householder", "rank": 4, "alpha_max": 1.0}},
-        "steps": 2500,
-        "batch": 128,
+        "model": {
+            "d_model": 64,
+            "layer": {
+                "kind": "FPMamba",
+                "d_state": 16,
+                "mixer": "householder",
+                "solver": {"rtol": 1e-4, "on_failure": "ignore"},
+                "adjoint": {"rtol": 1e-4, "on_failure": "ignore"},
+            },
+        },
+        "steps": 5000,
+        "batch": 64,
         "learning_rate": 2e-3,
         "warmup": 100,
         "schedule": "cosine",
         "eval_every": 500,
         "checkpoint_every": 500,
-        "eval_lengths": [4, 8, 16, 24, 32, 48, 64],
+        "eval_lengths": [4, 8, 16, 32, 64, 128],
     },
-    # On a GPU; for word problems of groups that no diagonal network tracks.
     "gpu": {
         "model": {
             "d_model": 256,
-            "layer": {"kind": "FPMamba", "d_state": 16, "mixer": "householder", "alpha_max": 1.0},
+            "layer": {"kind": "FPMamba", "d_state": 16, "mixer": "householder"},
         },
         "device": "gpu",
         "precision": "tf32",
-        "steps": 10000,
+        "steps": 5000,
         "batch": 512,
         "learning_rate": 1e-3,
         "warmup": 200,

@@ -74,6 +74,9 @@ class OnDevice:
         from fpnumba.gpu import training
 
         self._gpu, self._training, self._xp = gpu, training, gpu.xp()
+        if group.size > 1:
+            cuda = self._xp.cuda
+            cuda.Device(group.local_rank % cuda.runtime.getDeviceCount()).use()
         self._config, self._task, self._group, self._step = config, task, group, step
         self._model_at = training_models(quiet(config))
         self._told = step
@@ -88,9 +91,7 @@ class OnDevice:
             weight_decay=optimizer.weight_decay,
             clip=optimizer.clip or 0.0,
         )
-        self._tables = (
-            self._xp.asarray(task.table.astype(np.int32)) if isinstance(task, WordProblem) else None
-        )
+        self._table = self._xp.asarray(task.table.astype(np.int32)) if isinstance(task, WordProblem) else None
         self._work: dict[tuple[int, int], tuple[Any, Any, Callable[[], Any]]] = {}
         self._seed = int(stream(config.seed, "data").integers(2**62))
 
@@ -102,7 +103,7 @@ class OnDevice:
         if not known:
             self._work[key] = self._buffers(length, model)
         tokens, targets, go = self._work[key]
-        if self._tables is None:
+        if self._table is None:
             found = self._task.sample(
                 stream(self._config.seed, "data", self._step), self._config.batch, length
             )
@@ -117,6 +118,8 @@ class OnDevice:
 
     def _buffers(self, length: int, model: Model) -> tuple[Any, Any, Callable[[], Any]]:
         here = len(range(self._config.batch)[self._part()])
+        if self._table is None:  # a task may add to what it is asked for
+            length = self._task.sample(stream(self._config.seed, "data"), 1, length)[0].shape[1]
         tokens, targets = (self._xp.zeros((here, length), np.int64) for _ in range(2))
         return tokens, targets, lambda: self._update(model, tokens, targets)
 
@@ -134,7 +137,7 @@ class OnDevice:
 
     def _update(self, model: Model, tokens: Any, targets: Any) -> None:
         training, log = self._training, self._log
-        if self._tables is not None:
+        if self._table is not None:
             self._draw(tokens, targets)
         record: list[Any] = []
         logits, pullback = model.vjp(self._optimizer.params, tokens, record=record)
@@ -152,7 +155,7 @@ class OnDevice:
         alone = self._group.size == 1
         whole = (tokens, targets) if alone else tuple(self._xp.empty(batch, np.int64) for _ in range(2))
         first = task.identity_first
-        self._training.word_problem(self._tables, self._seed, self._log.step, *whole, identity_first=first)
+        self._training.word_problem(self._table, self._seed, self._log.step, *whole, identity_first=first)
         if not alone:
             tokens[...], targets[...] = (a[self._part()] for a in whole)
 

@@ -170,7 +170,8 @@ def run(
         extra = {"reason": why, "accuracy": accuracy, "seconds": outcome.seconds}
         rng = {"derived_from": "seed and step", "seed": config.seed, "step": step}
         if group.rank == 0:
-            state_of_run = Checkpoint(*work.fetched(), step, config.to_dict(), rng, extra)
+            trained, moments = work.fetched()
+            state_of_run = Checkpoint(trained, moments, step, config.to_dict(), rng, extra)
             checkpoints.save(folder.checkpoint_file, state_of_run)
         return outcome
 

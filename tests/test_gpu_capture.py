@@ -1,0 +1,74 @@
+"""Work that is recorded and launched as one: on a device only, which the stand-in has no graphs of."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpnumba import gpu, nn
+from fpnumba.solve import Adjoint, Solver
+
+pytestmark = pytest.mark.gpu
+
+QUIET: dict[str, Any] = {"rtol": 1e-5, "on_failure": "ignore"}
+
+
+def test_again_with_other_numbers() -> None:
+    import cupy
+
+    x = cupy.zeros(3)
+    again = gpu.capture(lambda: 2 * x + 1)
+    x[...] = 5
+    np.testing.assert_array_equal(again().get(), 11.0)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one-step"])
+@pytest.mark.parametrize("precision", gpu.PRECISIONS)
+def test_a_layer(gradient: str, precision: str, rng: Any) -> None:
+    import cupy
+
+    adjoint = Adjoint("one-step") if gradient == "one-step" else Adjoint(**QUIET)
+    layer = nn.FPMamba(12, d_state=8, short_conv=3, solver=Solver(**QUIET), adjoint=adjoint)
+    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
+    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
+    record: list[Any] = []
+
+    def both() -> Any:
+        record.clear()
+        y, pullback = layer.vjp(params, x, record=record)
+        return y, *pullback(y)
+
+    with gpu.use_precision(precision):
+        again = gpu.capture(both)
+        x[...] = cupy.asarray(rng.standard_normal(x.shape).astype(np.float32))
+        found, told = again(), record[0]
+        assert told.converged.shape == (5,)
+        y, grads, x_bar = both()
+    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=1e-4)
+    for name, value in grads.items():
+        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
+
+
+def test_what_waits_is_refused() -> None:
+    import cupy
+
+    x = cupy.ones(3)
+    with pytest.raises(gpu.NotRecorded, match="waits for the device"):
+        gpu.capture(lambda: float(x.sum()))
+    assert float(x.sum()) == 3.0
+
+
+def test_what_copies_from_the_host_is_refused() -> None:
+    import cupy
+
+    with pytest.raises(gpu.NotRecorded):
+        gpu.capture(lambda: cupy.asarray(np.ones(3)))
+
+
+def test_an_error_of_ones_own_passes() -> None:
+    def fail() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        gpu.capture(fail)
