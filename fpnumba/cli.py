@@ -248,6 +248,8 @@ def _configured(options: argparse.Namespace) -> "training.Config":
     for option, name in _OVERRIDES.items():
         if getattr(options, option) is not None:
             changes[name] = getattr(options, option)
+    if "length" in changes:  # of all updates, whatever the preset's grow to
+        changes["curriculum"] = ()
     model = dict(config.model)
     for assignment in sorted(options.set or (), key=lambda one: not one.startswith("model.layer.kind=")):
         name, equals, value = assignment.partition("=")

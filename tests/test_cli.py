@@ -32,6 +32,14 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     return err.strip()
 
 
+def test_a_length_replaces_the_lengths_of_a_preset(tmp_path: Path) -> None:
+    options = ["--preset", "cpu", "--length", "4", "--lengths", "4", "--steps", "1", "--batch", "2", *SMALL]
+    assert call("train", "s3", *options, "--out", tmp_path / "run", "--quiet") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert json.dumps(config).count('"curriculum": []') == 1
+    assert json.dumps(config).count('"length": 4') == 1
+
+
 # --- help and info -------------------------------------------------------------------------------------------
 
 

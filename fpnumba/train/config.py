@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # not converge on the way is told in the metrics.
     "cpu": {
         "model": {
-            "d_model": 64,
+            "d_model": 128,
             "layer": {
                 "kind": "FPMamba",
                 "d_state": 16,
@@ -38,9 +38,10 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "adjoint": {"rtol": 1e-4, "on_failure": "ignore"},
             },
         },
-        "steps": 5000,
+        "steps": 4400,
         "batch": 64,
-        "learning_rate": 2e-3,
+        "curriculum": [[0, 3], [2400, 5], [2700, 8], [3000, 12], [3400, 16]],
+        "learning_rate": 3e-3,
         "warmup": 100,
         "schedule": "cosine",
         "eval_every": 500,
