@@ -54,8 +54,8 @@ def problem(rng, kind, norm, *, gated=True, heads=None, dtype=np.float64, batch=
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_rooms_agree(kind, norm, dtype, rng):
-    if dtype == np.float32 and kind not in ("householder", "kronecker"):
-        pytest.skip("single precision differs in nothing that a mixer decides")
+    if dtype == np.float32 and (kind not in ("householder", "kronecker") or norm != "layer"):
+        pytest.skip("single precision differs in nothing that a mixer or a norm decides")
     double, initial = problem(
         rng, kind, norm, heads=2 if norm == "rms" else None, gated=norm != "rms", steps=19
     )

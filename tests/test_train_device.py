@@ -38,8 +38,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("task", ["s3", "copy"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("task", "layer"), [*(("s3", layer) for layer in LAYERS), ("copy", "FP-Mamba")])
 def test_updates(room: Room, task: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"d_model": 6, "layer": LAYERS[layer]}
     config = train.Config(

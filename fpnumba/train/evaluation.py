@@ -41,6 +41,11 @@ def summary_of(record: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def _beside(tokens: Any, params: Arrays) -> Any:
+    """The tokens where the parameters lie."""
+    return namespace(next(iter(params.values()), tokens)).asarray(tokens)
+
+
 def judge(
     model: nn.Model, params: Arrays, task: Task, config: Config, length: int, batch: int | None = None
 ) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def judge(
     tokens, targets = task.held_out.sample(stream(config.seed, "evaluation", length), batch, length)
     record: list[Any] = []
     size = max(1, _TOKENS // tokens.shape[1])
-    there = namespace(next(iter(params.values()))).asarray(tokens)
+    there = _beside(tokens, params)
     parts = [model(params, there[start : start + size], record=record) for start in range(0, batch, size)]
     logits = np.concatenate([to_numpy(part) for part in parts])
     accuracy = float(nn.accuracy(logits, targets))
@@ -190,7 +195,7 @@ def count(config: Config, params: Arrays, task: Task, length: int) -> dict[str, 
     record: list[Any] = []
     model = build_model(config, **solver)
     tokens, _ = task.held_out.sample(stream(config.seed, "evaluation", length), COUNT_BATCH, length)
-    model(params, namespace(next(iter(params.values()))).asarray(tokens), record=record)
+    model(params, _beside(tokens, params), record=record)
     return {"rtol": COUNT_RTOL, "batch": COUNT_BATCH, **summary_of(record)}
 
 

@@ -181,7 +181,11 @@ def run(
         save("interrupted")  # whatever happens from here on, there is something to go on from
     if not quiet:
         count = sum(value.size for value in params.values())
-        said = f"{count:,} parameters, steps {step} to {last} of {config.batch} sequences of length {config.length}"
+        lengths = sorted(
+            {config.length_at(at) for at in (step, *(s for s, _ in config.curriculum if s >= step))}
+        )
+        which = f"length {lengths[0]}" if len(lengths) == 1 else f"lengths {lengths[0]} to {lengths[-1]}"
+        said = f"{count:,} parameters, steps {step} to {last} of {config.batch} sequences of {which}"
         print(f"{label or config.task}: {said}, in {folder.path}", file=sys.stderr, flush=True)
 
     with (
