@@ -15,23 +15,21 @@ from fpnumba.nn import AdamW, Model
 from fpnumba.nn.backend import joined
 from fpnumba.nn.optim import decays
 from fpnumba.tasks import WordProblem
-from fpnumba.train.build import stream, training_models
+from fpnumba.train.build import build_model, stream, training_models, with_solver
 from fpnumba.train.checkpoint import Arrays
 from fpnumba.train.config import Config, ConfigError
 from fpnumba.train.parallel import ALONE, Group
 
 # Steps that may be told of later.
 LOG = 1024
-# Layers without a solver to be told not to wait.
-PLAIN = ("Mamba", "LSTM")
 
 
 def quiet(config: Config) -> Config:
     """The same run, with solves that tell of failures in the log alone: to raise or to warn is to wait."""
-    layer = dict(config.model.get("layer", {}))
-    if layer.get("kind", "FPRNN") not in PLAIN:
-        for name in ("solver", "adjoint"):
-            layer[name] = {**layer.get(name, {}), "on_failure": "ignore"}
+    if not build_model(config).iterates:
+        return config
+    layer = with_solver(config.model.get("layer", {}), {"on_failure": "ignore"})
+    layer["adjoint"] = {**layer.get("adjoint", {}), "on_failure": "ignore"}
     return config.replace(model={**config.model, "layer": layer})
 
 
@@ -117,16 +115,11 @@ class OnDevice:
         self._step += 1
 
     def _buffers(self, length: int, model: Model) -> tuple[Any, Any, Callable[[], Any]]:
-        here = len(range(self._config.batch)[self._part()])
+        here = len(self._group.share(range(self._config.batch))[0])
         if self._table is None:  # a task may add to what it is asked for
             length = self._task.sample(stream(self._config.seed, "data"), 1, length)[0].shape[1]
         tokens, targets = (self._xp.zeros((here, length), np.int64) for _ in range(2))
         return tokens, targets, lambda: self._update(model, tokens, targets)
-
-    def _part(self) -> slice:
-        """Which sequences of a batch are this process's."""
-        batch, rank, size = self._config.batch, self._group.rank, self._group.size
-        return slice(batch * rank // size, batch * (rank + 1) // size)
 
     def _recorded(self, go: Callable[[], Any]) -> Callable[[], Any]:
         """Make one update, and what makes the others."""
@@ -157,7 +150,7 @@ class OnDevice:
         first = task.identity_first
         self._training.word_problem(self._table, self._seed, self._log.step, *whole, identity_first=first)
         if not alone:
-            tokens[...], targets[...] = (a[self._part()] for a in whole)
+            tokens[...], targets[...] = self._group.share(*whole)
 
     def _flat(self, solution: Any, name: str) -> Any:
         return self._xp.asarray(solution.unfetched(name)).reshape(-1)
@@ -171,7 +164,7 @@ class OnDevice:
         if first == self._step:
             return []
         kept = to_numpy(self._log.rows)
-        solved = self._config.model.get("layer", {}).get("kind", "FPRNN") not in PLAIN
+        solved = self._model_at(first).iterates
         rows = []
         for step in range(max(first, self._step - LOG), self._step):
             row = dict(zip(self._training.COLUMNS, kept[step % LOG].tolist(), strict=True))

@@ -195,23 +195,28 @@ def run(
         open(folder.metrics_file if group.rank == 0 else os.devnull, "a", encoding="utf-8") as metrics,
     ):
         told = step
+
+        def tell() -> None:
+            nonlocal told
+            seconds = before.seconds + time.perf_counter() - started
+            for at, row in enumerate(work.rows(), told + 1):
+                if not math.isfinite(row["loss"]):
+                    raise TrainingError(
+                        f"the loss at step {at} is {row['loss']}; a smaller learning_rate may help"
+                    )
+                length = config.length_at(at - 1)
+                row = {"step": at, "kind": "train", "length": length, **row, "seconds": round(seconds, 3)}
+                progress.step(row)
+                if at % config.log_every == 0 or at == last:
+                    _write(metrics, row)
+            told = step
+
         while step < last:
             work.advance(config.length_at(step))
             step += 1
             due_to_tell = step % config.log_every == 0 or step % config.eval_every == 0 or step == last
             if config.device == "cpu" or due_to_tell or step - told >= AT_ONCE:
-                seconds = before.seconds + time.perf_counter() - started
-                for at, row in enumerate(work.rows(), told + 1):
-                    if not math.isfinite(row["loss"]):
-                        raise TrainingError(
-                            f"the loss at step {at} is {row['loss']}; a smaller learning_rate may help"
-                        )
-                    length = config.length_at(at - 1)
-                    row = {"step": at, "kind": "train", "length": length, **row, "seconds": round(seconds, 3)}
-                    progress.step(row)
-                    if at % config.log_every == 0 or at == last:
-                        _write(metrics, row)
-                told = step
+                tell()
             if step % config.eval_every == 0 or step == last:
                 judged = group.first(partial(judge, model, work.params, task, config, config.length))
                 accuracy = judged["accuracy"]
@@ -225,9 +230,11 @@ def run(
             interrupted, late = group.any(interrupt.raised, late)
             if interrupted or late:
                 reason = "interrupted" if interrupted else "minutes"
+                tell()  # what is saved has to be finite
                 break
             due = config.checkpoint_minutes and now - saved_at >= 60 * config.checkpoint_minutes
             if (step % config.checkpoint_every == 0 or due) and step < last:
+                tell()
                 save("interrupted")
                 saved_at = time.perf_counter()
     return save(reason)
