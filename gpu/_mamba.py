@@ -164,6 +164,11 @@ class Arguments(NamedTuple):
         ``alpha = alpha_max sigmoid(.)``; of the length of ``u``.
     bc_eps : float or None
         Of the lengths of ``b`` and ``c``; None where they are not normalised.
+    steps : object or None
+        From arguments to ``delta``, where that sees ``y_{t-1}``, last in `stacked`: its ``delta(argument, out)`` and
+        ``pull(delta, delta_bar)``, which returns cotangents of what softplus sees and of the argument.
+    step_argument : (B, T, n) array or None
+        Of ``delta``, as far as ``x_t`` decides.
     """
 
     mixer: Array
@@ -175,6 +180,15 @@ class Arguments(NamedTuple):
     alpha_max: float
     unit_eps: float
     bc_eps: float | None
+    steps: Any = None
+    step_argument: Array | None = None
+
+    @property
+    def at_steps(self) -> slice:
+        """Where in what ``y_{t-1}`` says the argument of ``delta`` stands."""
+        assert self.stacked is not None
+        assert self.step_argument is not None
+        return slice(len(self.stacked) - self.step_argument.shape[2], None)
 
     @property
     def places(self) -> tuple[np.int32, ...]:
@@ -184,6 +198,7 @@ class Arguments(NamedTuple):
             seen = name in self.seen
             at.append(width if seen else -1)
             width += array.shape[2] if seen else 0
+        width += 0 if self.step_argument is None else self.step_argument.shape[2]
         return tuple(np.int32(n) for n in (width, self.mixer.shape[2], *at))
 
     @property
@@ -270,7 +285,8 @@ def solve_made(
 ) -> tuple[Array, Array, Array, Array, Array, Made]:
     """The same where step ``t`` is made from arguments and ``y_{t-1}``: a product of matrices and a kernel each.
 
-    The mixer, ``B`` and ``C`` of `s` are written; `initial` is ``y_0`` and ``H_0``.
+    The mixer, ``B`` and ``C`` of `s` are written, and ``delta`` where it sees ``y_{t-1}``; `initial` is ``y_0`` and
+    ``H_0``.
     """
     xp, (batch, steps), s = _device.xp(), s.x.shape[:2], _aligned(s)
     one = _layout(s)._replace(act=given.activation)
@@ -295,6 +311,8 @@ def solve_made(
         last = t + 1 if fed is not None else min(steps, t - t % span + span)
         if fed is not None:
             _device.product(before, given.stacked, fed, transposed=(False, True), precision=precision())
+            if given.step_argument is not None:
+                given.steps.delta(given.step_argument[:, t] + fed[:, given.at_steps], s.delta[:, t])
         walk.go(t, last, state, now, made)
         state, before, t = now, y[:, last - 1], last
     if steps == 0:
@@ -350,12 +368,16 @@ class _Back:
         self._launch(_10=past, _11=G, _14=more, _17=np.int64(t), _22=before, **changed)
         return before
 
+    def step_bar(self, t: Any) -> Array:
+        """The cotangent of ``delta`` at some of the steps."""
+        bar = self.delta_bar[:, t]
+        return bar.reshape(*bar.shape[:-1], len(self._system.A), -1).sum(-1) if self._one.heads else bar
+
     def bars(self, params: Any, x_bar: Array, G: Array) -> Bars:
         """All that was found."""
-        s, A_bar, delta_bar = self._system, self.rates.sum(0), self.delta_bar
+        s, A_bar, delta_bar = self._system, self.rates.sum(0), self.step_bar(slice(None))
         if self._one.heads:
             A_bar = A_bar.reshape(len(s.A), -1).sum(-1)
-            delta_bar = delta_bar.reshape(*delta_bar.shape[:2], len(s.A), -1).sum(-1)
         normed = s.norm is not None
         return Bars(
             *(params, x_bar, delta_bar, A_bar, self.B_bar, self.C_bar, self.skip.sum(0), self.gate_bar),
@@ -407,6 +429,8 @@ def pull_made(
         for t in reversed(range(first, last)):
             rest = made.arguments, made.norms, *given.places, *given.numbers, x_bar, mixer_bar, fed_bar[t]
             G = back.go(t, pasts[t - first], G, y, y_bar, more, rest)
+            if given.step_argument is not None:
+                fed_bar[t][:, given.at_steps] = given.steps.pull(s.delta[:, t], back.step_bar(t))[1]
             if given.stacked is not None:
                 more = _device.product(fed_bar[t], given.stacked, more, precision=precision())
     return back.bars(mixer_bar, x_bar, G), fed_bar.swapaxes(0, 1)

@@ -45,6 +45,9 @@ class Application:
         about = _shapes.name(s.x.dtype), mode_of(s), s.gate is not None
         self._one = _layout(*about, dim, given.activation)
         self._fed = _fed(given, before)
+        if given.step_argument is not None and self._fed is not None:
+            fed = self._fed.reshape(*y.shape[:2], -1)[..., given.at_steps]
+            self._s = s = s._replace(delta=given.steps.delta(given.step_argument + fed))
         self._mixed, self._B, self._C = (_shapes.empty_like(a) for a in (s.x, s.B, s.C))
         self._arguments = (
             *(given.mixer, given.b, given.c, self._fed, *given.places, s.x, y, np.int32(dim), np.int32(size)),
@@ -58,6 +61,11 @@ class Application:
         warps, real = self._one.threads // 32, 8 if self._one.dtype == "float64" else 4
         shared = real * sums * (1 if warps == 1 else 2 * warps)
         _device.launch(_kernel(self._one, name), blocks, self._one.threads, arguments, shared=shared)
+
+    @property
+    def delta(self) -> Array:
+        """The step sizes."""
+        return self._s.delta
 
     def value(self) -> Array:
         """``f(y)``."""
@@ -85,6 +93,8 @@ class Application:
         fed_bar = None if self._fed is None else _shapes.empty_like(self._fed)
         outputs = (x_bar, mixer_bar, b_bar, c_bar, fed_bar)
         self._launch("mix_rows_vjp", self._rows, (*self._arguments, mixed_bar, B_bar, C_bar, *outputs), 3)
+        if given.step_argument is not None and fed_bar is not None:
+            fed_bar[:, given.at_steps] = given.steps.pull(s.delta, delta_bar)[1].reshape(self._rows, -1)
         assert skip_bar is not None
         normed = s.norm is not None
         weight_bar = column_sums(weights) if normed else None

@@ -38,6 +38,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_vjp",
     "scatter_rows",
+    "softplus",
+    "softplus_vjp",
 ]
 
 Array = Any
@@ -117,6 +119,23 @@ def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
         found: tuple[Array, Array] = _elementwise("T z, T y, T bar", "T zbar, T ybar", _GATED_VJP)(z, y, bar)
         return found
     return activate_vjp("silu", z, bar * y), bar * activate("silu", z)
+
+
+def softplus(raw: Array, bias: Array, out: Array | None = None) -> Array:
+    """``log(1 + exp(raw + bias))``, into `out` if there is one."""
+    if hasattr(_device.xp(), "cuda"):
+        operation = "const T v = x + b; y = (v > 0 ? v : T(0)) + log1p(exp(-fabs(v)))"
+        into = () if out is None else (out,)
+        return _elementwise("T x, T b", "T y", operation)(raw, bias, *into)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.logaddexp(raw + bias, raw.dtype.type(0), out=out)
+
+
+def softplus_vjp(y: Array, ybar: Array) -> Array:
+    """Cotangent of what :func:`softplus` sees, from its value."""
+    if hasattr(_device.xp(), "cuda"):
+        return _elementwise("T y, T ybar", "T xbar", "xbar = -expm1(-y) * ybar")(y, ybar)
+    return -np.expm1(-y) * ybar
 
 
 _ADAMW = """

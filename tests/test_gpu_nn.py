@@ -17,11 +17,12 @@ from fpnumba.nn import backend
 from fpnumba.nn.layer import FixedPointLayer
 from fpnumba.solve import Adjoint, Solver
 
+EVERYTHING = ("lambda", "mixer", "b", "c")
 SOLVER: dict[str, Any] = {"rtol": 1e-12, "on_failure": "ignore"}
 LAYERS: dict[str, dict[str, Any]] = {
     "householder": {},
     "householder of two": {"rank": 2},
-    "dplr, lambda sees": {"mixer": "dplr", "hidden": ("lambda", "mixer", "b", "c")},
+    "dplr, lambda sees": {"mixer": "dplr", "hidden": EVERYTHING},
     "kronecker": {"mixer": "kronecker"},
     "monarch": {"mixer": "monarch", "rank": 4},
     "dense": {"mixer": "dense"},
@@ -31,6 +32,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "symmetric, gate in the loop": {"symmetric": True, "gate": "both"},
     "convolved": {"short_conv": 3},
     "nothing sees": {"hidden": ()},
+    "only lambda sees": {"hidden": ("lambda",)},
     "relu": {"activation": "relu", "hidden": ("mixer",)},
 }
 
@@ -107,20 +109,30 @@ def test_fpmamba(room: Room, name: str, rng: Any, monkeypatch: pytest.MonkeyPatc
     compare(room, layer, rng, monkeypatch)
 
 
-@pytest.mark.parametrize("mixer", ["householder", "kronecker"])
-def test_fpmamba2(room: Room, mixer: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"d_state": 3, "head_dim": 4, "alpha_max": 0.6, "short_conv": 2}
+@pytest.mark.parametrize(
+    ("mixer", "hidden"),
+    [("householder", ("mixer", "b", "c")), ("householder", EVERYTHING), ("kronecker", EVERYTHING)],
+)
+def test_fpmamba2(room: Room, mixer: str, hidden: Any, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {
+        "d_state": 3,
+        "head_dim": 4,
+        "alpha_max": 0.6,
+        "short_conv": 2,
+        "hidden": hidden,
+    }
     layer = nn.FPMamba2(8, mixer=mixer, solver=Solver(**SOLVER), adjoint=Adjoint(rtol=1e-12), **options)
     compare(room, layer, rng, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["parallel", "chunked"])
 @pytest.mark.parametrize("adjoint", [Adjoint("one-step"), Adjoint("neumann", terms=3), Adjoint(rtol=1e-12)])
+@pytest.mark.parametrize("hidden", [("mixer", "b", "c"), EVERYTHING])
 def test_other_ways(
-    room: Room, method: str, adjoint: Adjoint, rng: Any, monkeypatch: pytest.MonkeyPatch
+    room: Room, method: str, adjoint: Adjoint, hidden: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solver = Solver(method, chunk=3 if method == "chunked" else None, **SOLVER)
-    layer = nn.FPMamba(8, d_state=3, alpha_max=0.5, solver=solver, adjoint=adjoint)
+    layer = nn.FPMamba(8, d_state=3, alpha_max=0.5, hidden=hidden, solver=solver, adjoint=adjoint)
     compare(room, layer, rng, monkeypatch)
 
 

@@ -48,6 +48,20 @@ def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
     return zbar, ybar
 
 
+def softplus(raw: Array, bias: Array, out: Array | None = None) -> Array:
+    """``log(1 + exp(raw + bias))``, into `out` if there is one."""
+    # what is not finite is told of in a solve's status
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: Array = np.logaddexp(raw + bias, raw.dtype.type(0), out=out)
+    return found
+
+
+def softplus_vjp(y: Array, ybar: Array) -> Array:
+    """Cotangent of what :func:`softplus` sees, from its value."""
+    xbar: Array = -np.expm1(-y) * ybar
+    return xbar
+
+
 def normalize(y: Array, eps: float) -> tuple[Array, Array]:
     """``u = y / max(||y||, eps)`` row by row, ``(N, D)``, and the norms ``(N,)`` before the maximum."""
     u, norm = np.empty_like(y), np.empty(len(y), y.dtype)

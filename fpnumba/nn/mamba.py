@@ -116,7 +116,8 @@ class Mamba(PlainLayer):
         projected = product(rows(seen), params["x_proj.weight"], transposed=(False, True))
         cuts = np.cumsum([self.dt_rank, self.d_state])
         p, B, C = (contiguous(a).reshape(*x.shape[:2], a.shape[1]) for a in np.split(projected, cuts, axis=1))
-        delta = Steps(params["dt_proj.weight"], params["dt_proj.bias"]).delta(p)
+        sizes = Steps(params["dt_proj.weight"], params["dt_proj.bias"])
+        delta = sizes.delta(p)
         A = -np.exp(params["A_log"])
         given = (seen, delta, A, B, C, params["D"], state["H"])
         y, last = scan.selective_scan(*given)
@@ -134,12 +135,10 @@ class Mamba(PlainLayer):
                 *given, y_bar, None
             )
             grads["A_log"] = A * A_bar
-            # the derivative of softplus, from its value
-            step_bar = rows(-np.expm1(-delta) * delta_bar)
-            grads["dt_proj.bias"] = column_sums(step_bar)
-            grads["dt_proj.weight"] = product(step_bar, rows(p), transposed=(True, False))
-            p_bar = product(step_bar, params["dt_proj.weight"])
-            projected_bar = backend.joined([p_bar, rows(B_bar), rows(C_bar)], axis=1)
+            step_bar, p_bar = sizes.pull(delta, delta_bar)
+            grads["dt_proj.bias"] = column_sums(rows(step_bar))
+            grads["dt_proj.weight"] = product(rows(step_bar), rows(p), transposed=(True, False))
+            projected_bar = backend.joined([rows(a) for a in (p_bar, B_bar, C_bar)], axis=1)
             grads["x_proj.weight"] = product(projected_bar, rows(seen), transposed=(True, False))
             seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
             if pull_conv is not None:

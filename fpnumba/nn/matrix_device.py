@@ -36,7 +36,7 @@ class Kept:
 
 def serves(cell: MatrixCell) -> bool:
     """Whether there are kernels for this recurrence."""
-    if backend.on_host(cell.v) or not isinstance(cell.map, LowRankMap) or "lambda" in cell.feedback:
+    if backend.on_host(cell.v) or not isinstance(cell.map, LowRankMap):
         return False
     if cell.map.rank != 1 or cell.map.stack.factored or cell.fixed is not None:
         return False
@@ -56,8 +56,24 @@ def _system(cell: MatrixCell, *, empty: bool = False) -> System:
         B, C, delta = base["b"], base["c"], base["lambda"]
     else:
         B, C = (backend.empty(base[name].shape, cell.v) for name in ("b", "c"))
-        delta = cell.steps.delta(base["lambda"])
+        delta = _delta(cell)
     return System(kind, (u, alpha), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm)
+
+
+def _delta(cell: MatrixCell) -> Array:
+    """``delta``; not filled in where it sees the hidden state."""
+    if "lambda" not in cell.feedback:
+        return cell.steps.delta(cell.base["lambda"])
+    return backend.empty((*cell.v.shape[:2], len(cell.steps.bias)), cell.v)
+
+
+def _argument(cell: MatrixCell, y: Array) -> Array:
+    """What ``delta`` is made from."""
+    argument = cell.base["lambda"]
+    if "lambda" not in cell.feedback:
+        return argument
+    fed = backend.product(rows(cell.before(y)), cell.feedback["lambda"], transposed=(False, True))
+    return argument + fed.reshape(argument.shape)
 
 
 def _given(cell: MatrixCell) -> Any:
@@ -72,6 +88,7 @@ def _given(cell: MatrixCell) -> Any:
         map.alpha_max,
         map.norm_eps,
         cell.bc_eps,
+        *((cell.steps, cell.base["lambda"]) if "lambda" in cell.feedback else ()),
     )
 
 
@@ -79,7 +96,7 @@ def application(cell: MatrixCell, y: Array) -> Any:
     """One application of the whole map, for its value and its adjoint."""
     if "application" not in cell.ready:
         empty = backend.empty((0,), y)
-        delta = cell.steps.delta(cell.base["lambda"])
+        delta = _delta(cell)
         B, C = cell.base["b"], cell.base["c"]  # for their shapes
         system = System(
             cell.map.kind, (empty, empty), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm
@@ -94,7 +111,8 @@ def application(cell: MatrixCell, y: Array) -> Any:
 def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Array | None:
     """As ``MatrixBars.application``."""
     cell = bars.cell
-    pulled, fed_bar = application(cell, y).pull(backend.contiguous(new_bar))
+    applied = application(cell, y)
+    pulled, fed_bar = applied.pull(backend.contiguous(new_bar))
     bars.base["mixer"] += pulled.params
     bars.base["b"] += pulled.B
     bars.base["c"] += pulled.C
@@ -106,8 +124,7 @@ def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Arra
         bars.gate += pulled.gate
     if bars.norm_bias is not None:
         bars.norm_bias += pulled.bias
-    delta = cell.ready["application"][0].delta
-    bars.base["lambda"] += bars.pull_steps(pulled.delta, delta, cell.base["lambda"])
+    bars.base["lambda"] += bars.pull_steps(pulled.delta, applied.delta, _argument(cell, y))
     if fed_bar is not None and bars.stacked is not None:
         bars.stacked += backend.product(fed_bar, rows(cell.before(y)), transposed=(True, False))
     if not through:
@@ -140,7 +157,7 @@ def pull(cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solu
     bars.v, bars.A, bars.skip, bars.gate = pulled.x, pulled.A, pulled.skip, pulled.gate
     bars.norm_weight, bars.norm_bias = pulled.weight, pulled.bias
     delta = kept.made.system.delta
-    bars.base["lambda"] = bars.pull_steps(pulled.delta, delta, cell.base["lambda"])
+    bars.base["lambda"] = bars.pull_steps(pulled.delta, delta, _argument(cell, y))
     if cell.stacked is not None:
         bars.stacked = backend.product(rows(fed_bar), rows(cell.before(y)), transposed=(True, False))
     verdict = Verdict(len(y))

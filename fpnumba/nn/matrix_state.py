@@ -47,16 +47,22 @@ class Steps:
     weight: Array | None
     bias: Array
 
-    def delta(self, argument: Array) -> Array:
-        """``delta (B, T, D)`` or ``(B, T, H)``."""
+    def delta(self, argument: Array, out: Array | None = None) -> Array:
+        """``delta (..., D)`` or ``(..., H)``, into `out` if there is one."""
         raw = argument
         if self.weight is not None:
             raw = product(rows(argument), self.weight, transposed=(False, True))
             raw = raw.reshape(*argument.shape[:-1], raw.shape[1])
-        # what is not finite is told of in the solve's status
-        with np.errstate(over="ignore", invalid="ignore"):
-            delta: Array = np.logaddexp(raw + self.bias, raw.dtype.type(0))
+        delta: Array = backend.kernels(raw).softplus(raw, self.bias, out)
         return delta
+
+    def pull(self, delta: Array, delta_bar: Array) -> tuple[Array, Array]:
+        """Cotangents of what softplus sees and of the argument."""
+        raw_bar: Array = backend.kernels(delta).softplus_vjp(delta, delta_bar)
+        if self.weight is None:
+            return raw_bar, raw_bar
+        bar = product(rows(raw_bar), self.weight)
+        return raw_bar, bar.reshape(*delta.shape[:-1], bar.shape[1])
 
 
 @dataclass
@@ -367,15 +373,11 @@ class MatrixBars:
 
     def pull_steps(self, delta_bar: Array, delta: Array, argument: Array) -> Array:
         """Add what a cotangent of ``delta`` means for its weight and bias; return that of its argument."""
-        # the derivative of softplus, from its value
-        raw_bar = -np.expm1(-delta) * delta_bar
+        raw_bar, bar = self.cell.steps.pull(delta, delta_bar)
         self.step_bias += column_sums(rows(raw_bar))
-        weight = self.cell.steps.weight
-        if weight is not None and self.step_weight is not None:
-            flat_bar = rows(raw_bar)
-            self.step_weight += product(flat_bar, rows(argument), transposed=(True, False))
-            raw_bar = product(flat_bar, weight).reshape(argument.shape)
-        return raw_bar
+        if self.step_weight is not None:
+            self.step_weight += product(rows(raw_bar), rows(argument), transposed=(True, False))
+        return bar
 
     def _direction(self, out: Array, norm: Array, out_bar: Array) -> Array:
         eps = self.cell.bc_eps
