@@ -1,7 +1,6 @@
 """The cases of `fpnumba.validate` for the fixed point with a matrix state: what its doors give, value and gradient."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -46,15 +45,10 @@ def mamba_cases(
         parts = {name: a[name] for name in ("x", "delta", "A", "B", "C")}
         return System(kind, a["params"], skip=a["D"], gate=gate, norm=norm, **parts)
 
-    def doors(room: Room) -> Any:
-        if room.name == "gpu":
-            raise NotImplementedError("no kernels for the matrix state")
-        return room.mamba
-
     def value(room: Room, a: Args, rtol: float) -> Sequence[Array]:
         out: list[Array] = []
         for gated in (True, False):
-            solved = doors(room).solve(system(a, gated), a["initial"], rtol=rtol)
+            solved = room.mamba.solve(system(a, gated), a["initial"], rtol=rtol)
             if (solved.status != 0).any():
                 raise RuntimeError(f"status {sorted(set(solved.status.tolist()))}, expected all converged")
             out += [solved.value, solved.last_state]
@@ -65,7 +59,7 @@ def mamba_cases(
         for gated in (True, False):
             y = a["with gate" if gated else "without"]
             arguments = (a["initial"], y, a["y_bar"], a["last_bar"])
-            bars, status = doors(room).pullback(system(a, gated), *arguments, rtol=rtol)
+            bars, status = room.mamba.pullback(system(a, gated), *arguments, rtol=rtol)
             if (status != 0).any():
                 raise RuntimeError(f"status {sorted(set(status.tolist()))}, expected all converged")
             out += [*bars.params, *bars[1:]]
