@@ -1,6 +1,6 @@
 """Profiles and fixtures shared by the whole suite.
 
-The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder. ``--room gpu`` runs the
+The quick profile is the default; ``pytest --hypothesis-profile=thorough`` looks much harder. ``--room=gpu`` runs the
 cases of that room and nothing else.
 """
 
