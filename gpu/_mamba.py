@@ -85,10 +85,10 @@ class Layout(NamedTuple):
         return 8 if self.dtype == "float64" else 4
 
     def shared(self, more: int, *sums: int) -> int:
-        """Bytes of shared memory: rows of B and C, `more` numbers, and rounds of so many sums."""
+        """Bytes of shared memory: rows of B, C and the B before, `more` numbers, and rounds of so many sums."""
         warps = self.threads // 32
         each = [n if warps == 1 else 2 * n * warps for n in sums]
-        return (2 * self.states + more + sum(each)) * self._real
+        return (3 * self.states + more + sum(each)) * self._real
 
 
 @lru_cache(256)
@@ -214,12 +214,13 @@ class Made(NamedTuple):
     system: System
     arguments: Array | None
     norms: Array | None
+    seen: Array | None
     states: list[Array]
     span: int
 
 
 # What stands in the place of arguments where parameters are given.
-_GIVEN = (None,) * 4 + (np.int32(0),) * 2 + (np.int32(-1),) * 3 + (np.float64(0),) * 3 + (None, None)
+_GIVEN = (None,) * 4 + (np.int32(0),) * 2 + (np.int32(-1),) * 3 + (np.float64(0),) * 3 + (None,) * 3
 
 
 class _Walk:
@@ -292,12 +293,12 @@ def solve_made(
     one = _layout(s)._replace(act=given.activation)
     y = _shapes.empty_like(s.x)
     walk = _Walk(s, one, y, (rtol, atol, max_iter, damping))
-    arguments = _shapes.empty_like(s.x) if keep else None
+    arguments, seen = (_shapes.empty_like(s.x) if keep else None for _ in range(2))
     norms = xp.empty((batch, steps, 3), y.dtype) if keep else None
     fed = None
     if given.stacked is not None:
         fed = xp.empty((batch, len(given.stacked)), y.dtype)
-    made = (given.mixer, given.b, given.c, fed, *given.places, *given.numbers, arguments, norms)
+    made = (given.mixer, given.b, given.c, fed, *given.places, *given.numbers, arguments, norms, seen)
     before, state = initial[0], *_shapes.aligned(initial[1])
     each = state.nbytes
     span = max(1, -(-steps * each // KEPT_BYTES)) if keep else steps
@@ -317,14 +318,14 @@ def solve_made(
         state, before, t = now, y[:, last - 1], last
     if steps == 0:
         told = xp.zeros(batch, np.int64), xp.zeros(batch), xp.ones(batch, bool)
-        return y, state, *told, Made(s, arguments, norms, states, span)
+        return y, state, *told, Made(s, arguments, norms, seen, states, span)
     return (
         y,
         state,
         walk.iterations,
         walk.residual,
         walk.met.astype(bool),
-        Made(s, arguments, norms, states, span),
+        Made(s, arguments, norms, seen, states, span),
     )
 
 
@@ -337,8 +338,8 @@ class _Back:
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
-        sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 1
-        self._shared = one.shared(3 * one.rank + one.rates + 4 * one.channels * one.threads, *sums)
+        sums = 2 * one.rank + gram, 1, 3 + 5 * one.rank + one.rank * (one.rank + 1) // 2, 2 * one.states, 2
+        self._shared = one.shared(3 * one.rank + one.rates + 2 * one.channels * one.threads, *sums)
         self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
         self._system, self._one = s, one
         self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
@@ -363,8 +364,10 @@ class _Back:
             )
             shape = self._kernel, self.blocks, self._threads
             self._launch = _device.Repeated(*shape, arguments, shared=self._shared)
-            self._last = f"_{len(arguments) - 1}"
-        changed = {self._last: made[-1]}
+            self._count = len(arguments)
+        fed_bar, _, later, earlier = made[-4:]
+        last = self._count - 4
+        changed = {f"_{last}": fed_bar, f"_{last + 2}": later, f"_{last + 3}": earlier}
         self._launch(_10=past, _11=G, _14=more, _17=np.int64(t), _22=before, **changed)
         return before
 
@@ -387,7 +390,7 @@ class _Back:
         )
 
 
-_NOT_MADE = (None, None, *(np.int32(0),) * 2, *(np.int32(-1),) * 3, *(np.float64(0),) * 3, None, None, None)
+_NOT_MADE = (None, None, *(np.int32(0),) * 2, *(np.int32(-1),) * 3, *(np.float64(0),) * 3, *(None,) * 6)
 
 
 def pull(
@@ -422,13 +425,17 @@ def pull_made(
     width = 0 if given.stacked is None else len(given.stacked)
     fed_bar = xp.empty((steps, batch, width), y.dtype)
     G = xp.zeros((batch, dim, s.B.shape[-1]), y.dtype) if last_bar is None else _shapes.aligned(last_bar)[0]
+    later, earlier = xp.zeros((2, batch, dim), y.dtype)
+    if last_bar is not None and steps:
+        later[...] = (G * s.B[:, -1, None]).sum(-1)
     more, u = None, channel_mix(s, y, mixers) if made.span > 1 else y
     for first in reversed(range(0, steps, made.span)):
         last = min(first + made.span, steps)
         pasts = states(s, u, first, last, made.states[first // made.span])
         for t in reversed(range(first, last)):
             rest = made.arguments, made.norms, *given.places, *given.numbers, x_bar, mixer_bar, fed_bar[t]
-            G = back.go(t, pasts[t - first], G, y, y_bar, more, rest)
+            G = back.go(t, pasts[t - first], G, y, y_bar, more, (*rest, made.seen, later, earlier))
+            later, earlier = earlier, later
             if given.step_argument is not None:
                 fed_bar[t][:, given.at_steps] = given.steps.pull(s.delta[:, t], back.step_bar(t))[1]
             if given.stacked is not None:

@@ -29,6 +29,10 @@ __device__ constexpr int pair(int i, int k) { return i >= k ? i * (i + 1) / 2 + 
 
 __device__ __forceinline__ float exponential(float v) { return expf(v); }
 __device__ __forceinline__ double exponential(double v) { return exp(v); }
+// exp(v / BASE), as the multiplier of the device has it in single precision.
+constexpr real BASE = sizeof(real) == 8 ? (real)1 : (real)0.69314718055994531;
+__device__ __forceinline__ float power(float v) { return exp2f(v); }
+__device__ __forceinline__ double power(double v) { return exp(v); }
 __device__ __forceinline__ real inverse_root(real v) { return 1 / sqrt(v); }
 
 // Where NaN stays.
@@ -151,7 +155,7 @@ struct Inputs {
   // A and exp(dt A) of VECTOR states of a channel, from number `begin` on
   __device__ __forceinline__ void decays(int d, real dt, int begin, real (&rate)[VECTOR], real (&decay)[VECTOR]) const {
     if constexpr (HEADS) {
-      const real own = widen(A[d / (dim / heads)]), whole = exponential(dt * own);
+      const real own = widen(A[d / (dim / heads)]), whole = power(dt * (1 / BASE) * own);
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) {
         rate[k] = own;
@@ -160,7 +164,7 @@ struct Inputs {
     } else {
       load_part(A + (i64)d * size, size, begin, rate);
 #pragma unroll
-      for (int k = 0; k < VECTOR; ++k) decay[k] = exponential(dt * rate[k]);
+      for (int k = 0; k < VECTOR; ++k) decay[k] = power(dt * (1 / BASE) * rate[k]);
     }
   }
   __device__ real opening(int d) const { return GATED ? widen(gate[d]) : (real)1; }

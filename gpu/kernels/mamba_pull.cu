@@ -9,10 +9,11 @@
 //
 // Block k takes the sequences k, k + blocks, ... and adds up what all of them share; the cotangents of the rates in shared
 // memory (RATES_SHARED) if there is room. Memory traffic: rows and u once, H_{t-1} and G once (twice, from the caches,
-// where they are too much to be held in registers meanwhile), the new G once.
+// where they are too much to be held in registers meanwhile), the new G once. MADE: the solve has kept what H_{t-1} says
+// of each channel, and the launch for the step after has left G B, so that once is enough.
 #include "mamba.cuh"
 
-constexpr bool HOLD = 2 * OWN * VECTOR * (int)sizeof(real) * RESIDENT <= 256;
+constexpr bool HOLD = !MADE && 2 * OWN * VECTOR * (int)sizeof(real) * RESIDENT <= 256;
 // Cotangents of the rates: of a thread's own numbers, or with HEADS of its channels.
 constexpr int RATES = HEADS ? CHANNELS : OWN * VECTOR;
 
@@ -20,7 +21,8 @@ constexpr int RATES = HEADS ? CHANNELS : OWN * VECTOR;
 // before (B, D, N): H_{t-1} and the cotangents of H_t and of H_{t-1}; z, u_bar, gate_bar, delta_bar (B, T, D), the last
 // for each channel whatever HEADS; B_bar, C_bar (B, T, N). Added to, for each block: rate_bar (blocks, D, N), with HEADS
 // (blocks, D), and skip_bar, weight_bar, bias_bar (blocks, D). MADE, for rank one: B_bar and C_bar are those of their
-// arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`.
+// arguments, x_bar (B, T, D) and mixer_bar (B, T, D + 1), of the mixer's, come too, and fed_bar (B, width) is that of `fed`;
+// seen (B, T, D) is of the solve, later (B, D) is G B of this step, and earlier (B, D) will be that of the step before.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_pull(const store* u, const store* alpha, const store* x, const store* delta, const store* A, const store* B,
            const store* C, const store* skip, const store* gate, const store* weight, const store* past, const store* G,
@@ -28,20 +30,23 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
            int heads, double eps, store* before, store* z, store* u_bar, store* gate_bar, store* delta_bar, store* B_bar,
            store* C_bar, store* rate_bar, store* skip_bar, store* weight_bar, store* bias_bar, const store* arguments,
            const store* norms, int width, int stride, int at_mixer, int at_b, int at_c, double alpha_max, double unit_eps,
-           double bc_eps, store* x_bar, store* mixer_bar, store* fed_bar) {
+           double bc_eps, store* x_bar, store* mixer_bar, store* fed_bar, const store* seen, const store* later_step,
+           store* earlier_step) {
   constexpr int FIRST = 2 * R + GRAM;
   // var; of `right` and each u: sums with the weight, and with v too; through: right, pairs, u, u v
   constexpr int WITH = 1, ALONG = WITH + R + 1, RIGHT = ALONG + R + 1, BOTH = RIGHT + R, PLAIN = BOTH + PAIRS,
                 NORMAL = PLAIN + R, SECOND = NORMAL + R;
+  if constexpr (FULL) size = STATES;  // the compiler is to know
   SHARED(memory);
-  real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES;  // tau, S^T U later, k
+  real *rowB = (real*)memory, *rowC = rowB + STATES, *rowPast = rowC + STATES;  // that of B of the step before
+  real* told = rowPast + STATES;                                               // tau, S^T U later, k
   real *first = told + 3 * R, *middle_room = first + sums_size<FIRST, THREADS>();
   real *second = middle_room + sums_size<1, THREADS>(), *last = second + sums_size<SECOND, THREADS>();
   real* onto_room = last + sums_size<2 * STATES, THREADS>();
   const real channels = (real)dim;
-  // one a channel: r and what comes from later, then the cotangent of o and the drive; and what the state says of it
-  real *one = onto_room + sums_size<1, THREADS>(), *two = one + CHANNELS * THREADS, *three = two + CHANNELS * THREADS;
-  real *four = three + CHANNELS * THREADS, *shared_rates = four + CHANNELS * THREADS;
+  // one a channel: r and what comes from later, then the cotangent of o and the drive, then what the state says of it
+  real *one = onto_room + sums_size<2, THREADS>(), *two = one + CHANNELS * THREADS;
+  real* shared_rates = two + CHANNELS * THREADS;
   real own_rates[RATES_SHARED ? 1 : RATES] = {};
   auto rates = [&](int k) -> real& {
     if constexpr (RATES_SHARED)
@@ -52,7 +57,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
   if constexpr (RATES_SHARED)
     for (int k = 0; k < RATES; ++k) rates(k) = 0;
   real skips[CHANNELS] = {}, weights[CHANNELS] = {}, biases[CHANNELS] = {};
-  for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
+  for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = rowPast[n] = 0;
   for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
     const i64 row = b * steps + t;
     const Inputs in = {u + row * R * dim, x + row * dim, delta + row * (HEADS ? heads : dim), A,
@@ -61,6 +66,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
     for (int n = threadIdx.x; n < size; n += THREADS) {
       rowB[n] = widen(B[row * size + n]);
       rowC[n] = widen(C[row * size + n]);
+      if (MADE) rowPast[n] = t > 0 ? widen(B[(row - 1) * size + n]) : (real)0;
     }
     __syncthreads();
     real bc = 0;
@@ -79,10 +85,11 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
           if (pass_channel(pass) < dim) fetch(pass, piece, pass_channel(pass));
+    if constexpr (!MADE)
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
       const int d = pass_channel(pass);
-      real seen = 0, from_later = 0;
+      real decayed = 0, from_later = 0;
       if (d < dim) {
         const real dt = in.step(d);
 #pragma unroll
@@ -92,19 +99,19 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
           in.decays(d, dt, n, rate, decay);
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) {
-            seen += was[at][k] * decay[k] * rowC[n + k];
+            decayed += was[at][k] * decay[k] * rowC[n + k];
             from_later += coming[at][k] * rowB[n + k];
           }
         }
       }
-      seen = lanes_total(seen);
+      decayed = lanes_total(decayed);
       from_later = lanes_total(from_later);
       if (threadIdx.x % LANES == 0 && d < dim) {
-        one[d] = seen;
+        one[d] = decayed;
         two[d] = from_later;
       }
     }
-    __syncthreads();
+    if constexpr (!MADE) __syncthreads();
     real r[CHANNELS], later[CHANNELS], s1[FIRST] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -112,8 +119,8 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       r[c] = later[c] = 0;
       if (d < dim) {
         const real gap = widen(in.x[d]) - widen(y[row * dim + d]);
-        r[c] = one[d];
-        later[c] = two[d] * in.step(d);
+        r[c] = MADE ? widen(seen[row * dim + d]) : one[d];
+        later[c] = (MADE ? widen(later_step[b * dim + d]) : two[d]) * in.step(d);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
           const real ui = in.vector(i, d);
@@ -224,7 +231,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       with += told[2 * R + i] * mean_with(i);
       along += told[2 * R + i] * mean_along(i);
     }
-    real e[CHANNELS], o_bar[CHANNELS], onto[1] = {0};
+    real e[CHANNELS], o_bar[CHANNELS], onto[2] = {0, 0};  // u . e, and what the drive adds to C . C_bar
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
@@ -239,6 +246,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
         if (GATED) gate_bar[row * dim + d] = narrow(v_bar * r[c]);
         one[d] = o_bar[c];
         two[d] = in.step(d) * mixed[c];
+        onto[1] += o_bar[c] * two[d];
         skips[c] += o_bar[c] * mixed[c];
         weights[c] += zd * v[c] * scale;
         biases[c] += zd;
@@ -250,7 +258,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
       const int d = pass_channel(pass);
-      real fed = 0, slope = 0;
+      real fed = 0, slope = 0, onward = 0;
       if (d < dim) {
         const real dt = in.step(d), o = one[d], drive = two[d];
 #pragma unroll
@@ -261,22 +269,27 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) {
             const real now = was[at][k] * decay[k];
-            const real bar = n + k < size ? coming[at][k] + o * rowC[n + k] : (real)0, both = bar * now;
+            const real bar = FULL || n + k < size ? coming[at][k] + o * rowC[n + k] : (real)0, both = bar * now;
             s3[piece * VECTOR + k] += drive * bar;
-            s3[HALF + piece * VECTOR + k] += o * (now + drive * rowB[n + k]);
+            s3[HALF + piece * VECTOR + k] += o * now;
             fed += bar * rowB[n + k];
             slope += HEADS ? both : both * rate[k];
             if (!HEADS) rates((pass * PIECES + piece) * VECTOR + k) += both * dt;
             bars[k] = bar * decay[k];
+            if (MADE) onward += bars[k] * rowPast[n + k];
           }
           store_part(before + (b * dim + d) * size, size, n, bars);
         }
       }
       fed = lanes_total(fed);
       slope = lanes_total(slope);
+      if constexpr (MADE) {
+        onward = lanes_total(onward);
+        if (threadIdx.x % LANES == 0 && d < dim) earlier_step[b * dim + d] = narrow(onward);
+      }
       if (threadIdx.x % LANES == 0 && d < dim) {
-        three[d] = fed;
-        four[d] = slope;
+        one[d] = fed;
+        two[d] = slope;
       }
     }
     {
@@ -293,14 +306,13 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
         }
     }
     const real* totals = sums_total<2 * STATES, THREADS>(last);
-    auto row_bar = [&](int which, int n) { return totals[which * STATES + n]; };
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const int d = c * THREADS + threadIdx.x;
       e[c] = 0;
       if (d < dim) {
-        const real dt = in.step(d), fed = three[d];
-        real slope = four[d];
+        const real dt = in.step(d), fed = one[d];
+        real slope = two[d];
         if constexpr (HEADS) {
           rates(c) += slope * dt;
           slope *= widen(A[d / (dim / heads)]);
@@ -313,6 +325,10 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
           u_bar[row * dim + d] = narrow(e[c]);
       }
     }
+    const real* across = group_sums<2, THREADS>(onto, onto_room);
+    auto row_bar = [&](int which, int n) {
+      return which ? totals[STATES + n] + across[1] * rowB[n] : totals[n];
+    };
     if constexpr (!MADE) {
       for (int n = threadIdx.x; n < size; n += THREADS) {
         B_bar[row * size + n] = narrow(row_bar(0, n));
@@ -320,7 +336,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       }
     } else {
       // Q = I - alpha u u^T:  alpha_bar = -(u . e) (u . d), u_bar = -alpha ((u . d) e + (u . e) d) with d = x - y
-      const real with_e = group_sums<1, THREADS>(onto, onto_room)[0], with_d = sums[0], strength = widen(alpha[row]);
+      const real with_e = across[0], with_d = sums[0], strength = widen(alpha[row]);
       const real length = widen(norms[row * 3]), inverse = 1 / larger(length, (real)unit_eps);
       const real turn = length >= (real)unit_eps ? -2 * strength * with_d * with_e : (real)0;  // u . u_bar
 #pragma unroll

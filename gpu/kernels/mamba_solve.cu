@@ -211,7 +211,8 @@ __device__ __noinline__ i64 iterate_small(const Small& of, const real (&S)[R][R]
 // u (B, T, R, D), alpha (B, T, R); x, gate, y (B, T, D); delta (B, T, D) or (B, T, heads); A (D, N) or (heads); B, C (B, T,
 // N); skip, weight, bias (D), bias null for zero; before (B, D, N) is the state before step `from`, and state will be that
 // before `to`, in place if they are the same; iterations, residual and met (B) are of all steps so far. MADE: the mixer, B and C are written, and
-// arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, unless these are null.
+// arguments (B, T, R D) before their activation, norms (B, T, R + 2) of them, of b and of c, and seen (B, T, D), what the
+// decayed state says, unless these are null.
 // Shared memory: 2 STATES, then 2 R + 4, then 2 a warp, then the sums of both rounds and of R more, then one a channel.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_solve(store* u, store* alpha, const store* x, const store* delta, const store* A, store* B, store* C,
@@ -219,8 +220,10 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
             store* y, i64 steps, i64 from, i64 to, int dim, int size, int heads, double eps, double rtol, double atol, i64 max_iter,
             double damping, i64* iterations, double* residual, unsigned char* met, const store* mixer_arguments,
             const store* b_arguments, const store* c_arguments, const store* fed, int width, int stride, int at_mixer, int at_b,
-            int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms) {
+            int at_c, double alpha_max, double unit_eps, double bc_eps, store* arguments, store* norms,
+            store* seen) {
   constexpr int FIRST = 1 + 3 * R + GRAM, SECOND = 1 + 2 * R + PAIRS + R * R;
+  if constexpr (FULL) size = STATES;  // the compiler is to know
   SHARED(memory);
   real *rowB = (real*)memory, *rowC = rowB + STATES, *told = rowC + STATES, *room = told + 2 * R + 4;
   real *first = room + 2 * (THREADS / 32), *second = first + sums_size<FIRST, THREADS>();
@@ -330,6 +333,7 @@ mamba_solve(store* u, store* alpha, const store* x, const store* delta, const st
       p[c] = gw[c] = 0;
       if (d < dim) {
         const real dt = in.step(d), w = dt * bc + widen(skip[d]), xd = widen(in.x[d]), g = in.opening(d), r = exchange[d];
+        if (MADE && seen) seen[row * dim + d] = narrow(r);
         gw[c] = g * w;
         p[c] = g * (r + w * xd);
         const real shift = bias ? widen(bias[d]) : (real)0;
