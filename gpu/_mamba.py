@@ -20,8 +20,9 @@ Array = Any
 MOST_RANK, BLOCK = 8, 512
 # Numbers of the state's cotangents that a thread adds up in registers at most.
 MOST_HELD = 128
-# Blocks that a multiprocessor shall hold where a thread has little to hold itself.
-RESIDENT = {"mamba_solve": 2, "mamba_pull": 2}
+# With rank one in float32, measured with N = 16: up to so many channels, threads of a block and blocks on a
+# multiprocessor; first where there are fewer sequences than multiprocessors.
+FEW, LIGHT = ((1024, (1024, 1)),), ((512, (256, 4)), (1024, (512, 2)))
 # Bytes of cotangents of the rates that are added up in shared memory.
 MOST_SHARED_RATES = 128 * 1024
 
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
     channels: int
     states: int
     full: bool  # whether N is `states`
+    resident: int = 1  # blocks that a multiprocessor shall hold
     act: str | None = None  # of the arguments that the mixer is made from; None where it is given
 
     def kernel(self, name: str, function: str = "") -> _device.Kernel:
@@ -65,8 +67,8 @@ class Layout(NamedTuple):
         }
         if name == "mamba_pull":
             macros["RATES_SHARED"] = int(self.rates > 0)
-        if name in RESIDENT:
-            macros["RESIDENT"] = self.resident(name)
+        if name != "mamba_rows":
+            macros["RESIDENT"] = self.resident
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     @property
@@ -74,11 +76,6 @@ class Layout(NamedTuple):
         """Numbers of shared memory for the cotangents of the rates; none where they would be too many."""
         count = (1 if self.heads else self.states) * self.channels * self.threads
         return count if count * self._real <= MOST_SHARED_RATES else 0
-
-    def resident(self, name: str) -> int:
-        """Blocks that a multiprocessor shall hold."""
-        few = self.rank == 1 and self.channels * self.states <= 32 and self.dtype == "float32"
-        return RESIDENT[name] if few else 1
 
     @property
     def _real(self) -> int:
@@ -93,16 +90,29 @@ class Layout(NamedTuple):
 
 @lru_cache(256)
 def layout(
-    dtype: str, rank: int, product: bool, mode: int, gated: bool, heads: bool, dim: int, size: int
+    dtype: str,
+    rank: int,
+    product: bool,
+    mode: int,
+    gated: bool,
+    heads: bool,
+    dim: int,
+    size: int,
+    few: bool = False,
 ) -> Layout:
-    """Lay out steps of `dim` channels with `size` states each."""
-    threads = min(BLOCK, max(32, -(-dim // 32) * 32))
+    """Lay out steps of `dim` channels with `size` states each; `few` sequences leave multiprocessors without one."""
     states = 4
     while states < size:
         states *= 2
+    most, resident = BLOCK, 1
+    if rank == 1 and dtype == "float32" and states <= 16:
+        shapes = (FEW if few else ()) + LIGHT
+        most, resident = next((shape for up_to, shape in shapes if dim <= up_to), (BLOCK, 1))
+    threads = min(most, max(32, -(-dim // 32) * 32))
     return Layout(
         *(dtype, rank, product, mode, gated, heads, threads, -(-dim // threads), states),
         full=states == size,
+        resident=resident,
     )
 
 
@@ -113,7 +123,8 @@ def mode_of(s: System) -> int:
 
 def _layout(s: System) -> Layout:
     about = (s.kind == "householder", mode_of(s), s.gate is not None, s.A.ndim == 1)
-    return layout(_shapes.name(s.x.dtype), s.params[1].shape[2], *about, s.x.shape[-1], s.B.shape[-1])
+    sizes = s.x.shape[-1], s.B.shape[-1], len(s.x) <= _device.multiprocessors()
+    return layout(_shapes.name(s.x.dtype), s.params[1].shape[2], *about, *sizes)
 
 
 def serves(s: System) -> bool:
@@ -334,7 +345,7 @@ class _Back:
 
     def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, one.resident("mamba_pull") * _device.multiprocessors())
+        self.blocks = min(batch, one.resident * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
@@ -521,7 +532,10 @@ def representative() -> list[_device.Kernel]:
         ("float32", 8, False, 1, False, True, 512, 64),
         ("float64", 2, True, 0, True, False, 96, 5),
         ("float32", 1, False, 2, False, False, 4096, 16),
+        ("float32", 1, True, 2, False, False, 512, 16),
+        ("float32", 1, True, 2, False, False, 1024, 16, True),
     ]
     layouts = [layout(*shape) for shape in shapes]
-    layouts += [layouts[0]._replace(act="silu"), layouts[0]._replace(act="relu", gated=True, heads=True)]
+    layouts += [layouts[n]._replace(act="silu") for n in (0, -2, -1)]
+    layouts.append(layouts[0]._replace(act="relu", gated=True, heads=True))
     return [one.kernel(name) for one in layouts for name in ("mamba_solve", "mamba_pull")]

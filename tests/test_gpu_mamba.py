@@ -228,7 +228,8 @@ def test_the_gradient_of_parameters_made_on_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if few:  # states are made again, and held nowhere
-        monkeypatch.setattr(_mamba.Layout, "resident", lambda self, name: 2)
+        laid_out = _mamba._layout
+        monkeypatch.setattr(_mamba, "_layout", lambda s: laid_out(s)._replace(resident=2))
         monkeypatch.setattr(_mamba, "KEPT_BYTES", 2 * 2 * 40 * 5 * 8)
     given, system, initial = made(rng, seen=seen, heads=heads)
     shape = system.x.shape
