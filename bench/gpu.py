@@ -24,11 +24,15 @@ SOLVES = ((256, 512, 1024), (64, 2048, 1024), (1, 65536, 1024))
 LAYERS = (
     ((512, 17), "householder", "sequential", "exact"),
     ((512, 17), "householder", "sequential", "one-step"),
+    ((512, 17), "kronecker", "sequential", "exact"),
+    ((512, 17), "kronecker", "sequential", "one-step"),
     ((512, 17), "householder", "parallel", "one-step"),
     ((512, 17), "kronecker", "parallel", "one-step"),
     ((64, 2048), "householder", "parallel", "one-step"),
     ((64, 2048), "kronecker", "parallel", "one-step"),
 )
+# Networks of which an update is timed, with everything that belongs to it: the width, the mixer, products of matrices.
+UPDATES = ((256, "householder", "tf32"), (512, "householder", "bfloat16"), (512, "kronecker", "bfloat16"))
 RTOL = 1e-6
 LONG_ENOUGH = 0.02  # seconds that a measurement takes at least
 QUIET: dict[str, Any] = {"on_failure": "ignore"}  # nothing is asked of the device until the end
@@ -362,6 +366,23 @@ def _layer_case(
     bench.add(f"FPMamba {width}, {mixer}, {way}, {gradient}", (*shape, width), recorded, None, note=told)
 
 
+def _update_case(bench: Bench, width: int, mixer: str, precision: str) -> None:
+    """An update of ``fpnumba train a5 --preset gpu`` at its full length: data, network, gradient, clipping, AdamW."""
+    from fpnumba import tasks
+    from fpnumba.train.build import build_model, build_optimizer, initial_params
+    from fpnumba.train.config import preset
+    from fpnumba.train.device import OnDevice
+
+    config = preset("gpu", "a5")
+    layer = {**config.model["layer"], "mixer": mixer}
+    config = config.replace(model={"d_model": width, "layer": layer}, precision=precision)
+    params, optimizer = initial_params(config, build_model(config)), build_optimizer(config)
+    work = OnDevice(config, tasks.get(config.task), optimizer, params, optimizer.init(params), 0)
+    seconds = seconds_on_device(lambda: work.advance(config.length), repeats=3)
+    case = f"update of the A5 network, {mixer}, d_model {width}, {precision}"
+    bench.add(case, (config.batch, config.length), seconds, None)
+
+
 def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
     """Measure every case, hand each row to `report` as it comes, and return the machine-readable record."""
     import cupy
@@ -425,6 +446,10 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     for shape_, mixer, way, gradient in LAYERS:
         if not quick or shape_ == LAYERS[0][0]:
             _layer_case(bench, (8, 17) if quick else shape_, mixer, way, gradient, 64 if quick else 512)
+            clean()
+    for width, kind, precision in UPDATES:
+        if not quick:
+            _update_case(bench, width, kind, precision)
             clean()
     if peers:
         _peers(bench, wide, values[wide], solver)
