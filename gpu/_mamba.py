@@ -147,13 +147,13 @@ def _aligned(s: System) -> System:
 
 
 class Arguments(NamedTuple):
-    """What the linear maps of a layer say, from which a mixer of rank one, ``B`` and ``C`` are made.
+    """What the linear maps of a layer say, from which a mixer, of rank one or Kronecker, ``B`` and ``C`` are made.
 
     Attributes
     ----------
     mixer : (B, T, D + 1) array
-        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike. What comes after is not
-        looked at, and its cotangent is zero.
+        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike. Kronecker: of the triangles of
+        both factors, then of their diagonals. What comes after is not looked at, and its cotangent is zero.
     b, c : (B, T, N) arrays
     stacked : (width, D) array or None
         The linear maps of ``y_{t-1}``, of those that see it in this order: mixer, b, c.
@@ -161,9 +161,12 @@ class Arguments(NamedTuple):
         Which do.
     activation : str
     alpha_max, unit_eps : float
-        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``.
+        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``. Kronecker: the scale of the first factor; of the lengths
+        of rows.
     bc_eps : float or None
         Of the lengths of ``b`` and ``c``; None where they are not normalised.
+    spectral : bool
+        Kronecker: whether a factor is divided by its largest eigenvalue.
     """
 
     mixer: Array
@@ -175,6 +178,7 @@ class Arguments(NamedTuple):
     alpha_max: float
     unit_eps: float
     bc_eps: float | None
+    spectral: bool = True
 
     @property
     def places(self) -> tuple[np.int32, ...]:
@@ -313,9 +317,10 @@ def solve_made(
 class _Back:
     """The kernel `mamba_pull`, and what it adds up over the steps."""
 
-    def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
+    def __init__(self, s: System, one: Layout, batch: int, steps: int, resident: int = 0) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
-        self.blocks = min(batch, one.resident("mamba_pull") * _device.multiprocessors())
+        resident = resident or one.resident("mamba_pull")
+        self.blocks = min(batch, resident * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
         self.skip, self.weight, self.bias = xp.zeros((3, self.blocks, dim), dtype)
         gram = one.rank * (one.rank - 1) // 2 if one.product else 0
