@@ -119,21 +119,28 @@ class Kronecker(NamedTuple):
         """Bytes of shared memory of a block, and macros."""
         one, (squares, flat), dim = self.one, self._matrices, self.edges[0] * self.edges[1]
         bytes_ = self.real * (self._small + squares + flat + _up(dim, 4))
-        held = one.channels * one.states * one.threads * self.real
-        # what a thread can have in registers of the factors, and of the state
-        narrow = self._narrow
-        keep = 0 if not narrow or resident > 1 else 1
-        registers = one.channels * one.states * self.real <= 256 and narrow and resident == 1
-        room = SHARED_EACH // resident - SHARED_MORE
+        if resident > 1:
+            bytes_ += self.real * 8 * self._tiles * one.threads
+        each = one.channels * one.states
+        held, room = self.real * each * one.threads, SHARED_EACH // resident - SHARED_MORE
+        registers = self.kept and resident == 1 and each <= 64
         hold = 1 if registers else 2 if bytes_ + held <= room else 0
-        return bytes_ + (held if hold == 2 else 0), {"KEEP": keep, "HOLD": hold}
+        return bytes_ + (held if hold == 2 else 0), {"KEPT": int(self.kept), "HOLD": hold}
 
     @property
-    def _narrow(self) -> bool:
-        """Whether a thread's rows of the factors fit into its registers."""
-        tiles = -(-self.edges[0] // 8) * -(-self.edges[1] // 16)
-        few = max(self.edges) <= 32 and self.one.dtype == "float32"
-        return few and self.one.threads <= 256 and tiles * 32 == self.one.threads
+    def _tiles(self) -> int:
+        """Of a warp, at most."""
+        return -(-self._warps // (self.one.threads // 32))
+
+    @property
+    def _warps(self) -> int:
+        """That could have a tile."""
+        return -(-self.edges[0] // 8) * -(-self.edges[1] // 16)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the factors are kept in registers."""
+        return self.one.dtype == "float32" and all(edge in (16, 32) for edge in self.edges)
 
     def pull_plan(self, resident: int) -> tuple[int, dict[str, int]]:
         """The same of the way back."""
@@ -141,12 +148,11 @@ class Kronecker(NamedTuple):
         warps = one.threads // 32
         sums = 2 * one.states * (1 if warps == 1 else 2 * warps)
         small = _up(2 * one.states + 6 * warps + sums, self.piece)
-        bytes_ = self.real * (small + squares + 3 * flat + 4 * dim)
+        bytes_ = self.real * (small + squares + 3 * flat + 2 * dim)
         rates = self.real * one.channels * one.states * one.threads
         room = SHARED_EACH // resident - SHARED_MORE
         share = not one.heads and rates <= MOST_SHARED_RATES and bytes_ + rates <= room
-        keep = 3 if self._narrow and resident == 1 else 0
-        return bytes_ + (rates if share else 0), {"KEEP": keep, "RATES_SHARED": int(share)}
+        return bytes_ + (rates if share else 0), {"KEPT": int(self.kept), "RATES_SHARED": int(share)}
 
 
 @lru_cache(256)

@@ -26,7 +26,9 @@ template <int I, int J> struct Tiles {
 struct Tile { int i[2], j[2]; };
 template <int I, int J> __device__ __forceinline__ Tile tile_of(int number) {
   typedef Tiles<I, J> All;
-  const int lane = threadIdx.x % 32, i = number / All::ACROSS * 4 + lane / 8, j = number % All::ACROSS * 8 + lane % 8;
+  // of both sides neighbours have the same, one by one or two by two: half the time of a 16-byte access
+  const int lane = threadIdx.x % 32, down = lane / 2 % 2 + lane / 16 * 2, across = lane % 2 + lane / 4 % 4 * 2;
+  const int i = number / All::ACROSS * 4 + down, j = number % All::ACROSS * 8 + across;
   return {{i, i + 4 * All::DOWN}, {j, j + 8 * All::ACROSS}};
 }
 
@@ -36,7 +38,7 @@ template <int K> __device__ __forceinline__ void dots(const real* a, int as, con
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int n = 0; n < 2; ++n) c[m][n] = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int k = 0; k < up(K, PIECE); k += PIECE) {
     piece_of_row left[2], right[2];
 #pragma unroll
@@ -52,39 +54,6 @@ template <int K> __device__ __forceinline__ void dots(const real* a, int as, con
         for (int n = 0; n < 2; ++n) c[m][n] += left[m].v[e] * right[n].v[e];
   }
 }
-// The same where one side is in registers: c[m][n] is the sum of own[m][k] b[at_n][k], or with TURNED of own[n][k] b[at_m][k].
-template <int K, bool TURNED>
-__device__ __forceinline__ void dots_with(const real (&own)[2][up(K, PIECE)], const real* b, int bs, const int (&at)[2], real (&c)[2][2]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int n = 0; n < 2; ++n) c[m][n] = 0;
-#pragma unroll
-  for (int k = 0; k < up(K, PIECE); k += PIECE) {
-    piece_of_row other[2];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) other[m] = *(const piece_of_row*)(b + at[m] * bs + k);
-#pragma unroll
-    for (int e = 0; e < PIECE; ++e)
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-          c[m][n] += TURNED ? other[m].v[e] * own[n][k + e] : own[m][k + e] * other[n].v[e];
-  }
-}
-template <int K>
-__device__ __forceinline__ void rows_held(real (&own)[2][up(K, PIECE)], const real* a, int as, const int (&at)[2]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int k = 0; k < up(K, PIECE); k += PIECE) {
-      const piece_of_row some = *(const piece_of_row*)(a + at[m] * as + k);
-#pragma unroll
-      for (int e = 0; e < PIECE; ++e) own[m][k + e] = some.v[e];
-    }
-}
-
 // All elements of a product by so many warps: `done(i, j, c)`, beyond the edges as well, where it is zero.
 template <int I, int J, int K, int WARPS, class Done>
 __device__ __forceinline__ void multiply(const real* a, int as, const real* b, int bs, Done done) {
@@ -108,83 +77,148 @@ constexpr int COUNT = Tiles<EDGE1, EDGE2>::COUNT, TILES = (COUNT + WARPS - 1) / 
 // Numbers of both factors, one after the other.
 constexpr int FACTORS = EDGE1 * EDGE1 + EDGE2 * EDGE2;
 
-// Whether the n-th tile of this warp is one.
-__device__ __forceinline__ bool is_tile(int n) { return COUNT % WARPS == 0 || n * WARPS + (int)threadIdx.x / 32 < COUNT; }
-__device__ __forceinline__ Tile own_tile(int n) { return tile_of<EDGE1, EDGE2>(n * WARPS + threadIdx.x / 32); }
-
 __device__ __forceinline__ bool inside(int i, int j) {
   return (EDGE1 % 8 == 0 || i < EDGE1) && (EDGE2 % 16 == 0 || j < EDGE2);
 }
-// A thread's channels: `each(c, i, j)`, c counts them.
-template <class Each> __device__ __forceinline__ void own(Each each) {
+
+// With KEPT, the factors stay in registers from one application to the next, and a product is laid out for that: four lanes
+// that lie 8 apart share 4 x 4 elements, each with a quarter of what is summed, of four neighbouring rows of the factor. In the
+// end each has one of these rows and four of the other side, which lie a quarter of the edge apart. A warp has 2 such tiles by
+// 4. Neighbours read the same of shared memory, so that a 16-byte access takes half its time, and all of it different banks.
+template <int ROWS, int COLUMNS> struct Part {  // of a product of a factor's ROWS with COLUMNS rows in shared memory
+  int held, other, share;
+
+  __device__ __forceinline__ Part() {
+    constexpr int DOWN = ROWS / 8;  // warps
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    share = lane / 8;
+    held = 4 * (warp % DOWN * 2 + lane % 2);
+    other = warp / DOWN * 4 + lane / 2 % 4;
+  }
+  __device__ __forceinline__ int row() const { return held + share; }
+  __device__ __forceinline__ int column(int m) const { return other + m * (COLUMNS / 4); }
+  // Where the share begins of K numbers.
+  template <int K> __device__ __forceinline__ int begin() const { return share % 2 * (K / 2) + share / 2 * (K / 4); }
+};
+template <int ROWS, int COLUMNS, int K> struct Kept {
+  static constexpr int SHARE = K / 4;
+  real its[4][SHARE];
+
+  __device__ __forceinline__ void take(const real* factor, int pitch) {
+    const Part<ROWS, COLUMNS> at;
 #pragma unroll
-  for (int n = 0; n < TILES; ++n)
-    if (is_tile(n)) {
-      const Tile at = own_tile(n);
+    for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int k = 0; k < SHARE; k += PIECE) {
+        const piece_of_row some = *(const piece_of_row*)(factor + (at.held + n) * pitch + at.template begin<K>() + k);
 #pragma unroll
-        for (int l = 0; l < 2; ++l)
-          if (inside(at.i[m], at.j[l])) each(n * 4 + m * 2 + l, at.i[m], at.j[l]);
+        for (int e = 0; e < PIECE; ++e) its[n][k + e] = some.v[e];
+      }
+  }
+  // c[m] is the product of row at.row() with row at.column(m) of `from`.
+  __device__ __forceinline__ void times(const real* from, int pitch, const Part<ROWS, COLUMNS>& at, real (&c)[4]) const {
+    real sums[16] = {};
+#pragma unroll
+    for (int k = 0; k < SHARE; k += PIECE) {
+      piece_of_row some[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) some[m] = *(const piece_of_row*)(from + at.column(m) * pitch + at.template begin<K>() + k);
+#pragma unroll
+      for (int e = 0; e < PIECE; ++e)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int m = 0; m < 4; ++m) sums[n * 4 + m] += its[n][k + e] * some[m].v[e];
     }
-}
-
-// What a thread keeps of the factors in registers from one application to the next: WHICH is 0, or 1: of the second, 3: of both.
-template <int WHICH> struct Held {
-  real first[WHICH & 2 ? 2 : 1][WHICH & 2 ? up(EDGE1, PIECE) : 1], second[WHICH & 1 ? 2 : 1][WHICH & 1 ? up(EDGE2, PIECE) : 1];
-
-  __device__ __forceinline__ void take(const real* k1, const real* k2) {
-    static_assert(WHICH == 0 || TILES == 1, "one tile");
-    const Tile at = own_tile(0);
-    if constexpr (WHICH & 2) rows_held<EDGE1>(first, k1, S1, at.i);
-    if constexpr (WHICH & 1) rows_held<EDGE2>(second, k2, S2, at.j);
+    int index = 0, valid = 16;
+    fold_sums<16, 16, 8>(sums, threadIdx.x % 32, index, valid);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) c[m] = sums[m];
   }
 };
 
-// K1 X K2^T at a thread's channels; X lies in `from` (pitch S2), and `between` (EDGE2 rows, pitch S1) is for X K2^T, transposed,
-// which `seen(i, j, c)` is told as well. One barrier in the middle; X must be there, and nobody at `between`.
-template <int WHICH, class Seen>
-__device__ __forceinline__ void apply(const Held<WHICH>& held, const real* k1, const real* k2, const real* from, real* between,
-                                      real (&out)[OWNED], Seen seen) {
+// Both factors, and the products with them. A thread's channels: `each(c, i, j)`, c counts them.
+template <bool IN_REGISTERS> struct Factors;
+
+template <> struct Factors<true> {
+  Kept<EDGE2, EDGE1, EDGE2> second;
+  Kept<EDGE1, EDGE2, EDGE1> first;
+
+  template <class Each> static __device__ __forceinline__ void own(Each each) {
+    const Part<EDGE1, EDGE2> at;
 #pragma unroll
-  for (int n = 0; n < TILES; ++n)
-    if (is_tile(n)) {
-      const Tile at = own_tile(n);
-      real c[2][2];
-      if constexpr (WHICH & 1)
-        dots_with<EDGE2, true>(held.second, from, S2, at.i, c);
-      else
+    for (int m = 0; m < 4; ++m) each(m, at.row(), at.column(m));
+  }
+  __device__ __forceinline__ void take(const real* k1, const real* k2) {
+    first.take(k1, S1);
+    second.take(k2, S2);
+  }
+  // K1 X K2^T at a thread's channels; X lies in `from` (pitch S2), and `between` (EDGE2 rows, pitch S1) is for X K2^T, transposed,
+  // which `seen(i, j, c)` is told as well. One barrier in the middle; X must be there, and nobody at `between`.
+  template <class Seen>
+  __device__ __forceinline__ void apply(const real*, const real*, const real* from, real* between, real (&out)[OWNED], Seen seen) const {
+    const Part<EDGE2, EDGE1> at;
+    real c[4];
+    second.times(from, S2, at, c);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      between[at.row() * S1 + at.column(m)] = c[m];
+      seen(at.column(m), at.row(), c[m]);
+    }
+    __syncthreads();
+    first.times(between, S1, Part<EDGE1, EDGE2>(), out);
+  }
+};
+
+template <> struct Factors<false> {
+  // Whether the n-th tile of this warp is one.
+  static __device__ __forceinline__ bool is_tile(int n) { return COUNT % WARPS == 0 || n * WARPS + (int)threadIdx.x / 32 < COUNT; }
+  static __device__ __forceinline__ Tile tile(int n) { return tile_of<EDGE1, EDGE2>(n * WARPS + threadIdx.x / 32); }
+
+  template <class Each> static __device__ __forceinline__ void own(Each each) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+      if (is_tile(n)) {
+        const Tile at = tile(n);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int l = 0; l < 2; ++l)
+            if (inside(at.i[m], at.j[l])) each(n * 4 + m * 2 + l, at.i[m], at.j[l]);
+      }
+  }
+  __device__ __forceinline__ void take(const real*, const real*) {}
+  template <class Seen>
+  __device__ __forceinline__ void apply(const real* k1, const real* k2, const real* from, real* between, real (&out)[OWNED],
+                                        Seen seen) const {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+      if (is_tile(n)) {
+        const Tile at = tile(n);
+        real c[2][2];
         dots<EDGE2>(from, S2, k2, S2, at, c);
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int l = 0; l < 2; ++l)
-          if (inside(at.i[m], at.j[l])) {  // the zeros around stay, whatever a sequence brings
-            between[at.j[l] * S1 + at.i[m]] = c[m][l];
-            seen(at.i[m], at.j[l], c[m][l]);
-          }
-    }
-  __syncthreads();
+          for (int l = 0; l < 2; ++l)
+            if (inside(at.i[m], at.j[l])) {  // the zeros around stay, whatever a sequence brings
+              between[at.j[l] * S1 + at.i[m]] = c[m][l];
+              seen(at.i[m], at.j[l], c[m][l]);
+            }
+      }
+    __syncthreads();
 #pragma unroll
-  for (int n = 0; n < TILES; ++n)
-    if (is_tile(n)) {
-      const Tile at = own_tile(n);
-      real c[2][2];
-      if constexpr (WHICH & 2)
-        dots_with<EDGE1, false>(held.first, between, S1, at.j, c);
-      else
+    for (int n = 0; n < TILES; ++n)
+      if (is_tile(n)) {
+        const Tile at = tile(n);
+        real c[2][2];
         dots<EDGE1>(k1, S1, between, S1, at, c);
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int l = 0; l < 2; ++l) out[n * 4 + m * 2 + l] = c[m][l];
-    }
-}
-template <int WHICH>
-__device__ __forceinline__ void apply(const Held<WHICH>& held, const real* k1, const real* k2, const real* from, real* between,
-                                      real (&out)[OWNED]) {
-  apply(held, k1, k2, from, between, out, [](int, int, real) {});
-}
+        for (int m = 0; m < 4; ++m) out[n * 4 + m] = c[m / 2][m % 2];
+      }
+  }
+};
+__device__ __forceinline__ void unseen(int, int, real) {}
 
 // Both factors of a sequence into shared memory, around which there are zeros already.
 __device__ __forceinline__ void fetch_factors(const store* from, real* k1, real* k2) {
@@ -217,6 +251,9 @@ __device__ __forceinline__ real warp_most(real v) {
   for (int reach = 16; reach > 0; reach /= 2) v = most(v, __shfl_xor_sync(EVERY_LANE, v, reach));
   return v;
 }
+// What a kernel with two blocks on a multiprocessor has no registers for lies in shared memory: where nobody else looks at a
+// thread's own channels.
+constexpr bool PARKED = RESIDENT > 1;
 // The same of two over the block, in two parts.
 __device__ __forceinline__ void most_part(real a, real b, real* room) {
   a = warp_most(a);
@@ -241,13 +278,12 @@ struct Swing {
   real factor, before = LARGEST;
   int swings = 0;
 
-  // After an iteration that made this change, the largest of it `moved`; `room` is for sums.
-  __device__ __forceinline__ void look(real moved, const real (&change)[OWNED], real (&past)[OWNED], real* room) {
+  // After an iteration whose largest change was `moved`; `inner()` is a thread's part of its inner product with the change before,
+  // and `room` is for sums.
+  template <class Back> __device__ __forceinline__ void look(real moved, Back inner, real* room) {
     if (moved > (real)0.98 * before) {  // the same in all threads
-      real back = 0, none;
-#pragma unroll
-      for (int c = 0; c < OWNED; ++c) back += change[c] * past[c];
-      pair_part(back, 0, room);
+      real back, none;
+      pair_part(inner(), 0, room);
       __syncthreads();
       pair_total(room, back, none);
       if (back < 0 && ++swings >= PATIENCE) {
@@ -256,7 +292,5 @@ struct Swing {
       }
     }
     before = moved;
-#pragma unroll
-    for (int c = 0; c < OWNED; ++c) past[c] = change[c];
   }
 };

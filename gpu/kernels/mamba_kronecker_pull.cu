@@ -11,12 +11,15 @@
 // memory (RATES_SHARED) if there is room. Memory traffic: rows and factors once, H_{t-1} and G twice, the second time from the
 // caches, the new G once.
 //
-// Macros, beside those of mamba_kronecker.cuh: KEEP, what of the transposed factors is in registers, see Held.
+// Macros, beside those of mamba_kronecker.cuh: KEPT 0 or 1.
 #include "mamba_kronecker.cuh"
 
 // Cotangents of the rates: of a thread's own numbers, or with HEADS of its channels, which are in registers.
 constexpr bool SHARE_RATES = RATES_SHARED && !HEADS;
 constexpr int RATES = HEADS ? OWNED : OWN * VECTOR;
+
+// Passes over the state that are under way together.
+constexpr int AT_A_TIME = SHARE_RATES && PASSES > 4 ? 4 : PASSES;
 
 // Transposed where it lies.
 template <int EDGE> __device__ __forceinline__ void turn(real* matrix) {
@@ -33,7 +36,7 @@ template <int EDGE> __device__ __forceinline__ void turn(real* matrix) {
 
 // As in mamba_pull.cu with parameters that are made on the way: norms (B, T, 2) of the arguments of b and c. factors and
 // factors_bar (B, FACTORS) are of this step; met (B) is cleared where the adjoint did not get below its tolerance.
-// Shared memory: 2 STATES; three rooms of two a warp; 2 STATES sums; both factors and six matrices; four a channel; the rates.
+// Shared memory: 2 STATES; three rooms of two a warp; 2 STATES sums; both factors and six matrices; two a channel; the rates.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_kronecker_pull(const store* factors, const store* x, const store* delta, const store* A, const store* B, const store* C,
                      const store* skip, const store* gate, const store* weight, const store* past_state, const store* G,
@@ -46,11 +49,11 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
   real *rowB = (real*)memory, *rowC = rowB + STATES, *room = rowC + STATES, *tops = room + 2 * WARPS, *swinging = tops + 2 * WARPS;
   real *rows = swinging + 2 * WARPS, *k1 = rowB + up(2 * STATES + 6 * WARPS + sums_size<2 * STATES, THREADS>(), PIECE);
   real *k2 = k1 + matrix(EDGE1, EDGE1);
-  // X - Y; the same transposed, later what is between two products; K1 (X - Y), transposed, and not, later a cotangent E of
-  // u; E K2; E transposed
+  // X - Y; what is between two products; K1 (X - Y), transposed; a cotangent E of u; E K2; X - Y transposed, later E
   real *gap = k2 + matrix(EDGE2, EDGE2), *between = gap + matrix(EDGE1, EDGE2), *turned = between + matrix(EDGE2, EDGE1);
   real *into = turned + matrix(EDGE2, EDGE1), *half = into + matrix(EDGE1, EDGE2), *across = half + matrix(EDGE1, EDGE2);
-  real *one = across + matrix(EDGE2, EDGE1), *two = one + D, *three = two + D, *four = three + D, *shared_rates = four + D;
+  // one a channel: r and what comes from later, then u and gate w, then the cotangent of o and the drive, then what the state says
+  real *one = across + matrix(EDGE2, EDGE1), *two = one + D, *shared_rates = two + D;
   constexpr int MATRICES = matrix(EDGE1, EDGE1) + matrix(EDGE2, EDGE2) + 3 * matrix(EDGE1, EDGE2) + 3 * matrix(EDGE2, EDGE1);
   for (int at = threadIdx.x; at < MATRICES; at += THREADS) k1[at] = 0;
   real own_rates[SHARE_RATES ? 1 : RATES] = {};
@@ -62,10 +65,10 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
   };
   if constexpr (SHARE_RATES)
     for (int k = 0; k < RATES; ++k) rates(k) = 0;
-  real skips[OWNED] = {}, weights[OWNED] = {}, biases[OWNED] = {};
+  auto add = [&](store* to, int d, real more) { to[(i64)blockIdx.x * D + d] = narrow(widen(to[(i64)blockIdx.x * D + d]) + more); };
   const real channels = (real)D;
   for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
-  for (i64 b = blockIdx.x; b < batch; b += gridDim.x) {
+  for (int b = blockIdx.x; b < (int)batch; b += gridDim.x) {
     const i64 row = b * steps + t;
     const Inputs in = {nullptr, x + row * D, delta + row * (HEADS ? heads : D), A, GATED ? gate + row * D : nullptr, D, size, heads};
     __syncthreads();  // nobody is at the sequence before
@@ -73,11 +76,11 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       rowB[n] = widen(B[row * size + n]);
       rowC[n] = widen(C[row * size + n]);
     }
-    fetch_factors(factors + b * FACTORS, k1, k2);
-    own([&](int, int i, int j) {
+    fetch_factors(factors + (i64)b * FACTORS, k1, k2);
+    Factors<KEPT>::own([&](int, int i, int j) {
       const real v = widen(in.x[i * EDGE2 + j]) - widen(y[row * D + i * EDGE2 + j]);
       gap[i * S2 + j] = v;
-      between[j * S1 + i] = v;
+      across[j * S1 + i] = v;
     });
     __syncthreads();
     real bc = 0;
@@ -85,11 +88,11 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     for (int n = 0; n < STATES; ++n) bc += rowB[n] * rowC[n];
     auto fetch = [&](int piece, int d, real(&was)[VECTOR], real(&coming)[VECTOR]) {
       const int n = piece_begin(piece);
-      load_part(past_state + (b * D + d) * size, size, n, was);
-      load_part(G + (b * D + d) * size, size, n, coming);
+      load_part(past_state + ((i64)b * D + d) * size, size, n, was);
+      load_part(G + ((i64)b * D + d) * size, size, n, coming);
       return n;
     };
-#pragma unroll
+#pragma unroll (AT_A_TIME)
     for (int pass = 0; pass < PASSES; ++pass) {
       const int d = pass_channel(pass);
       real seen = 0, from_later = 0;
@@ -114,32 +117,36 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         two[d] = from_later;
       }
     }
-    // P (x - y), by way of K1 (X - Y), which is needed again
-    multiply<EDGE1, EDGE2, EDGE1, WARPS>(k1, S1, between, S1, [&](int i, int l, real c) {
-      if (inside(i, l)) {
-        turned[l * S1 + i] = c;
-        into[i * S2 + l] = c;
-      }
+    multiply<EDGE2, EDGE1, EDGE1, WARPS>(across, S1, k1, S1, [&](int l, int i, real c) {
+      if (inside(i, l)) turned[l * S1 + i] = c;
     });
-    __syncthreads();
-    real mixed[OWNED] = {}, o[OWNED] = {}, v[OWNED] = {}, through[OWNED] = {}, wt[OWNED] = {}, product[OWNED] = {};
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-      if (is_tile(n)) {
-        real c[2][2];
-        dots<EDGE2>(into, S2, k2, S2, own_tile(n), c);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) product[n * 4 + m] = c[m / 2][m % 2];
-      }
+    Factors<KEPT> factor;
+    real v[OWNED] = {}, through[OWNED] = {}, product[OWNED] = {};
+    real own_weight[PARKED ? 1 : OWNED] = {}, own_through[PARKED ? 1 : OWNED] = {};
+    auto parked_through = [&](int c, int i, int j) -> real& {
+      if constexpr (PARKED)
+        return two[i * EDGE2 + j];
+      else
+        return own_through[c];
+    };
+    auto wt = [&](int c, int i, int j) -> real& {
+      if constexpr (PARKED)
+        return gap[i * S2 + j];
+      else
+        return own_weight[c];
+    };
+    factor.take(k1, k2);
+    factor.apply(k1, k2, gap, between, product, unseen);
     real total = 0, none = 0, scale = 1;
-    own([&](int c, int i, int j) {
+    Factors<KEPT>::own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       const real dt = in.step(d), w = dt * bc + widen(skip[d]), g = in.opening(d);
-      mixed[c] = widen(in.x[d]) - product[c];
-      o[c] = one[d] + w * mixed[c];
-      v[c] = g * o[c];
+      const real mixed = widen(in.x[d]) - product[c];
+      const real o = one[d] + w * mixed;
+      one[d] = mixed;
+      v[c] = g * o;
+      if (GATED) gate_bar[row * D + d] = narrow(o);  // until it is known
       through[c] = g * w;
-      wt[c] = widen(weight[d]);
       total += v[c];
     });
     if constexpr (MODE == 2) {
@@ -147,43 +154,61 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       __syncthreads();
       pair_total(room, total, none);
       total /= channels;
-      own([&](int c, int, int) { v[c] -= total; });
+      Factors<KEPT>::own([&](int c, int, int) { v[c] -= total; });
     }
     if constexpr (MODE != 0) {
       real squares = 0;
-      own([&](int c, int, int) { squares += v[c] * v[c]; });
+      Factors<KEPT>::own([&](int c, int, int) { squares += v[c] * v[c]; });
       pair_part(squares, 0, tops);
       __syncthreads();
       pair_total(tops, squares, none);
       scale = inverse_root(squares / channels + (real)eps);
-      own([&](int c, int, int) { v[c] *= scale; });
+      Factors<KEPT>::own([&](int c, int, int) { v[c] *= scale; });
     } else {
       __syncthreads();
     }
-    // everybody is through with `into` and the factors
-    own([&](int, int i, int j) { into[i * S2 + j] = two[i * EDGE2 + j] * in.step(i * EDGE2 + j); });
+    // everybody is through with the factors as they are
+    Factors<KEPT>::own([&](int c, int i, int j) {
+      const int d = i * EDGE2 + j;
+      wt(c, i, j) = widen(weight[d]);
+      into[i * S2 + j] = two[d] * in.step(d);
+      parked_through(c, i, j) = through[c];
+    });
     turn<EDGE1>(k1);
     turn<EDGE2>(k2);
     __syncthreads();
-    Held<KEEP> factor;
     factor.take(k1, k2);
-    apply(factor, k1, k2, into, between, product);
-    real right[OWNED] = {}, z[OWNED] = {}, e[OWNED] = {}, change[OWNED] = {}, past[OWNED] = {};
-    own([&](int c, int i, int j) {
+    factor.apply(k1, k2, into, between, product, unseen);
+    real z[OWNED] = {}, e[OWNED] = {}, change[OWNED] = {}, own_right[PARKED ? 1 : OWNED] = {}, own_past[PARKED ? 1 : OWNED] = {};
+    auto right = [&](int c, int i, int j) -> real& {
+      if constexpr (PARKED)
+        return half[i * S2 + j];
+      else
+        return own_right[c];
+    };
+    auto past = [&](int c, int i, int j) -> real& {
+      if constexpr (PARKED)
+        return across[j * S1 + i];
+      else
+        return own_past[c];
+    };
+    Factors<KEPT>::own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
-      right[c] = widen(y_bar[row * D + d]) + (more_bar ? widen(more_bar[b * D + d]) : (real)0) + product[c];
-      z[c] = right[c];
+      z[c] = widen(y_bar[row * D + d]) + (more_bar ? widen(more_bar[(i64)b * D + d]) : (real)0) + product[c];
+      right(c, i, j) = z[c];
+      past(c, i, j) = 0;
     });
     // N^T z = scale (weight z - with - n along): v is n by now
     real with = 0, along = 0;
     Swing swing = {(real)1};
     bool judged = true, fine = false;
-    for (i64 count = 0;;) {
+    for (int count = 0;;) {
       if constexpr (MODE != 0) {
         real a = 0, a_along = 0;
-        own([&](int c, int, int) {
-          a += wt[c] * z[c];
-          a_along += wt[c] * z[c] * v[c];
+        Factors<KEPT>::own([&](int c, int i, int j) {
+          const real inner = wt(c, i, j) * z[c];
+          a += inner;
+          a_along += inner * v[c];
         });
         pair_part(a, a_along, room);
       }
@@ -200,21 +225,25 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         const real taken = swing.factor;
         fine = moved <= larger((real)rtol, 8 * EPS) * top;
         if (fine || count >= max_iter || !is_finite(moved)) break;
-        swing.look(moved, change, past, swinging);
+        swing.look(moved, [&] {
+          real back = 0;
+          Factors<KEPT>::own([&](int c, int i, int j) { back += change[c] * past(c, i, j); });
+          return back;
+        }, swinging);
+        Factors<KEPT>::own([&](int c, int i, int j) { past(c, i, j) = change[c]; });
         if (swing.factor != taken) {  // not so far; behind a barrier of its own
-          own([&](int c, int, int) { z[c] += (swing.factor - taken) * change[c]; });
+          Factors<KEPT>::own([&](int c, int, int) { z[c] += (swing.factor - taken) * change[c]; });
           continue;
         }
       }
-      own([&](int c, int i, int j) {
-        e[c] = through[c] * (MODE ? scale * (wt[c] * z[c] - with - v[c] * along) : z[c]);
-        into[i * S2 + j] = e[c];
+      Factors<KEPT>::own([&](int c, int i, int j) {
+        into[i * S2 + j] = parked_through(c, i, j) * (MODE ? scale * (wt(c, i, j) * z[c] - with - v[c] * along) : z[c]);
       });
       __syncthreads();
-      apply(factor, k1, k2, into, between, product);
+      factor.apply(k1, k2, into, between, product, unseen);
       real far = 0, top = 0;
-      own([&](int c, int, int) {
-        const real now = right[c] + product[c];
+      Factors<KEPT>::own([&](int c, int i, int j) {
+        const real now = right(c, i, j) + product[c];
         change[c] = now - z[c];
         far = most(far, magnitude(change[c]));
         top = larger(top, magnitude(now));
@@ -224,22 +253,23 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       judged = false;
       ++count;
     }
-    own([&](int c, int i, int j) {
+    Factors<KEPT>::own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
-      const real v_bar = MODE ? scale * (wt[c] * z[c] - with - v[c] * along) : z[c];
+      const real v_bar = MODE ? scale * (wt(c, i, j) * z[c] - with - v[c] * along) : z[c], mixed = one[d];
       e[c] = in.opening(d) * v_bar;  // the cotangent of o
       z_out[row * D + d] = narrow(z[c]);
-      if (GATED) gate_bar[row * D + d] = narrow(v_bar * o[c]);
+      if (GATED) gate_bar[row * D + d] = narrow(v_bar * widen(gate_bar[row * D + d]));
       one[d] = e[c];
-      two[d] = in.step(d) * mixed[c];
-      skips[c] += e[c] * mixed[c];
-      weights[c] += z[c] * v[c];
-      biases[c] += z[c];
+      two[d] = in.step(d) * mixed;
+      add(skip_bar, d, e[c] * mixed);
+      add(weight_bar, d, z[c] * v[c]);
+      add(bias_bar, d, z[c]);
+      into[i * S2 + j] = mixed;
     });
     __syncthreads();
     constexpr int HALF = PIECES * VECTOR;
     real s3[2 * HALF] = {};  // of B, then of C
-#pragma unroll
+#pragma unroll (AT_A_TIME)
     for (int pass = 0; pass < PASSES; ++pass) {
       const int d = pass_channel(pass);
       real fed = 0, slope = 0;
@@ -261,14 +291,15 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
             if (!HEADS) rates((pass * PIECES + piece) * VECTOR + k) += both * dt;
             bars[k] = bar * decay[k];
           }
-          store_part(before + (b * D + d) * size, size, n, bars);
+          store_part(before + ((i64)b * D + d) * size, size, n, bars);
         }
       }
       fed = lanes_total(fed);
       slope = lanes_total(slope);
+      __syncwarp();  // the channel's lanes have read both
       if (threadIdx.x % LANES == 0 && d < D) {
-        three[d] = fed;
-        four[d] = slope;
+        one[d] = fed;
+        two[d] = slope;
       }
     }
     {
@@ -285,18 +316,19 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     }
     const real* totals = sums_total<2 * STATES, THREADS>(rows);
     // e becomes the cotangent of u
-    own([&](int c, int i, int j) {
+    Factors<KEPT>::own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
-      const real dt = in.step(d), fed = three[d];
-      real slope = four[d];
+      const real dt = in.step(d), fed = one[d];
+      real slope = two[d];
       if constexpr (HEADS) {
         rates(c) += slope * dt;
         slope *= widen(A[d / (D / heads)]);
       }
       e[c] = widen(skip[d]) * e[c] + dt * fed;
-      delta_bar[row * D + d] = narrow(mixed[c] * fed + slope);
+      delta_bar[row * D + d] = narrow(into[i * S2 + j] * fed + slope);
       into[i * S2 + j] = e[c];
       across[j * S1 + i] = e[c];
+      if constexpr (PARKED) gap[i * S2 + j] = widen(in.x[d]) - widen(y[row * D + d]);
     });
     {
       const int lane = threadIdx.x % 32;
@@ -311,15 +343,17 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         for (int n = lane; n < size; n += 32) {
           const real found = (bar[n] - back * its[n]) * over;
           (which ? C_bar : B_bar)[row * size + n] = narrow(found);
-          if (at >= 0) fed_bar[b * width + at + n] = narrow(found);
+          if (at >= 0) fed_bar[(i64)b * width + at + n] = narrow(found);
         }
       }
     }
     __syncthreads();
-    apply(factor, k1, k2, into, between, product, [&](int i, int j, real c) { half[i * S2 + j] = c; });
-    own([&](int c, int i, int j) { x_bar[row * D + i * EDGE2 + j] = narrow(e[c] - product[c]); });
+    Factors<KEPT> again;  // they need not stay where the states are looked at
+    again.take(k1, k2);
+    again.apply(k1, k2, into, between, product, [&](int i, int j, real c) { half[i * S2 + j] = c; });
+    Factors<KEPT>::own([&](int c, int i, int j) { x_bar[row * D + i * EDGE2 + j] = narrow(e[c] - product[c]); });
     // K1_bar = -(E K2) (X - Y)^T,   K2_bar = -E^T (K1 (X - Y))
-    store* to = factors_bar + b * FACTORS;
+    store* to = factors_bar + (i64)b * FACTORS;
     multiply<EDGE1, EDGE1, EDGE2, WARPS>(half, S2, gap, S2, [&](int i, int k, real c) {
       if (i < EDGE1 && k < EDGE1) to[i * EDGE1 + k] = narrow(-c);
     });
@@ -328,13 +362,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     });
     if (threadIdx.x == 0 && !fine) met[b] = 0;
   }
-  own([&](int c, int i, int j) {
-    const i64 at = (i64)blockIdx.x * D + i * EDGE2 + j;
-    skip_bar[at] = narrow(widen(skip_bar[at]) + skips[c]);
-    weight_bar[at] = narrow(widen(weight_bar[at]) + weights[c]);
-    bias_bar[at] = narrow(widen(bias_bar[at]) + biases[c]);
-    if constexpr (HEADS) rate_bar[at] = narrow(widen(rate_bar[at]) + rates(c));
-  });
+  if constexpr (HEADS) Factors<KEPT>::own([&](int c, int i, int j) { add(rate_bar, i * EDGE2 + j, rates(c)); });
   if constexpr (!HEADS) {
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass)

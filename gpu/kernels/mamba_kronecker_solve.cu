@@ -7,13 +7,14 @@
 // them, and is looked at after the products: at the end they are those of the last y, which the state needs.
 // Memory traffic: rows once, the factors once, the state read and written once.
 //
-// Macros, beside those of mamba_kronecker.cuh: KEEP, what of the factors is in registers, see Held; HOLD, where the decayed state
-// is meanwhile: 0 nowhere (it is read again), 1 in registers, 2 in shared memory.
+// Macros, beside those of mamba_kronecker.cuh: KEPT 0 or 1; HOLD, where the decayed state is meanwhile: 0 nowhere (it is read
+// again), 1 in registers, 2 in shared memory.
 #include "mamba_kronecker.cuh"
 
 // factors (B, FACTORS); mixed (B, T, D), u, or null; the rest as in mamba_solve.cu, at the step `t` alone: B and C are written,
 // norms (B, T, 2) of their arguments too unless null.
-// Shared memory: 2 STATES; three rooms of two a warp; the factors, X - Y and what is between; one a channel; with HOLD 2 the state.
+// Shared memory: 2 STATES; three rooms of two a warp; the factors, X - Y and what is between; one a channel; PARKED two a channel
+// of the threads; with HOLD 2 the state.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_kronecker_solve(const store* factors, const store* x, const store* delta, const store* A, store* B, store* C,
                       const store* skip, const store* gate, const store* weight, const store* bias, const store* before,
@@ -25,7 +26,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   real *rowB = (real*)memory, *rowC = rowB + STATES, *sums = rowC + STATES, *tops = sums + 2 * WARPS, *swinging = tops + 2 * WARPS;
   real *k1 = rowB + up(2 * STATES + 6 * WARPS, PIECE), *k2 = k1 + matrix(EDGE1, EDGE1), *gap = k2 + matrix(EDGE2, EDGE2);
   real *between = gap + matrix(EDGE1, EDGE2), *exchange = between + matrix(EDGE2, EDGE1);
-  real* meanwhile = exchange + up(D, PIECE > VECTOR ? PIECE : VECTOR);
+  real *parked = exchange + up(D, PIECE), *meanwhile = parked + (PARKED ? 2 * OWNED * THREADS : 0);
   const i64 b = blockIdx.x, row = b * steps + t;
   const Inputs in = {nullptr, x + row * D, delta + row * (HEADS ? heads : D), A, GATED ? gate + row * D : nullptr, D, size, heads};
 
@@ -47,7 +48,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   }
   fetch_factors(factors + b * FACTORS, k1, k2);
   real xs[OWNED] = {};
-  own([&](int c, int i, int j) {
+  Factors<KEPT>::own([&](int c, int i, int j) {
     xs[c] = widen(in.x[i * EDGE2 + j]);
     gap[i * S2 + j] = xs[c];
   });
@@ -106,19 +107,32 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     r = lanes_total(r);
     if (threadIdx.x % LANES == 0 && d < D) exchange[d] = r;
   }
-  Held<KEEP> factor;
+  Factors<KEPT> factor;
   factor.take(k1, k2);
   __syncthreads();
 
-  real p[OWNED] = {}, gw[OWNED] = {}, wt[OWNED] = {}, shift[OWNED] = {}, y[OWNED] = {}, change[OWNED] = {}, past[OWNED] = {};
+  real p[OWNED] = {}, gw[OWNED] = {}, y[OWNED] = {}, change[OWNED] = {};
+  real past[OWNED] = {}, own_weight[PARKED ? 1 : OWNED] = {}, own_shift[PARKED ? 1 : OWNED] = {};
+  auto wt = [&](int c) -> real& {
+    if constexpr (PARKED)
+      return parked[c * THREADS + threadIdx.x];
+    else
+      return own_weight[c];
+  };
+  auto shift = [&](int c) -> real& {
+    if constexpr (PARKED)
+      return parked[(OWNED + c) * THREADS + threadIdx.x];
+    else
+      return own_shift[c];
+  };
   real product[OWNED] = {};
-  own([&](int c, int i, int j) {
+  Factors<KEPT>::own([&](int c, int i, int j) {
     const int d = i * EDGE2 + j;
     const real w = in.step(d) * bc + widen(skip[d]), g = in.opening(d);
     gw[c] = g * w;
     p[c] = g * (exchange[d] + w * xs[c]);
-    wt[c] = widen(weight[d]);
-    if (bias) shift[c] = widen(bias[d]);
+    wt(c) = widen(weight[d]);
+    shift(c) = bias ? widen(bias[d]) : (real)0;
   });
   Swing swing = {(real)damping};
   const real channels = (real)D;
@@ -126,7 +140,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   bool fine = false, judged = true, last = false;
   i64 count = 0;
   for (;;) {
-    apply(factor, k1, k2, gap, between, product);
+    factor.apply(k1, k2, gap, between, product, unseen);
     if (last) break;
     if (!judged) {
       real moved, top;
@@ -136,10 +150,16 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       fine = moved <= larger((real)(atol + rtol * (double)top), 8 * EPS * top);
       left = moved / larger(top, (real)1e-37);
       const bool stop = fine || count >= max_iter || !is_finite(moved);
-      if (!fine) swing.look(moved, change, past, swinging);
+      if (!fine)
+        swing.look(moved, [&] {
+          real back = 0;
+          Factors<KEPT>::own([&](int c, int, int) { back += change[c] * past[c]; });
+          return back;
+        }, swinging);
+      Factors<KEPT>::own([&](int c, int, int) { past[c] = change[c]; });
       const real wanted = fine ? (real)1 : swing.factor;
       if (wanted != taken) {  // further than it went, or not so far
-        own([&](int c, int i, int j) {
+        Factors<KEPT>::own([&](int c, int i, int j) {
           y[c] += (wanted - taken) * change[c];
           gap[i * S2 + j] = xs[c] - y[c];
         });
@@ -152,7 +172,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     real a = 0, squares = 0, scale = 1;
     if constexpr (MODE == 2) {
       if (count == 0) {  // later on the mean hardly moves
-        own([&](int c, int, int) { a += p[c] - gw[c] * product[c]; });
+        Factors<KEPT>::own([&](int c, int, int) { a += p[c] - gw[c] * product[c]; });
         pair_part(a, 0, swinging);
         __syncthreads();
         pair_total(swinging, centre, squares);
@@ -160,7 +180,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
         a = squares = 0;
       }
     }
-    own([&](int c, int, int) {
+    Factors<KEPT>::own([&](int c, int, int) {
       product[c] = p[c] - gw[c] * product[c] - centre;
       a += product[c];
       squares += product[c] * product[c];
@@ -175,8 +195,8 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       a = off;
     }
     real far = 0, top = 0;
-    own([&](int c, int i, int j) {
-      const real now = MODE ? wt[c] * ((product[c] - a) * scale) + shift[c] : product[c];
+    Factors<KEPT>::own([&](int c, int i, int j) {
+      const real now = MODE ? wt(c) * ((product[c] - a) * scale) + shift(c) : product[c];
       change[c] = now - y[c];
       far = most(far, magnitude(change[c]));
       top = larger(top, larger(magnitude(now), magnitude(y[c])));
@@ -190,7 +210,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     ++count;
     __syncthreads();
   }
-  own([&](int c, int i, int j) {
+  Factors<KEPT>::own([&](int c, int i, int j) {
     const int d = i * EDGE2 + j;
     const real u = xs[c] - product[c];
     y_out[row * D + d] = narrow(y[c]);
