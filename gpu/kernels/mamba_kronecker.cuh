@@ -166,7 +166,9 @@ template <> struct Factors<true> {
       seen(at.column(m), at.row(), c[m]);
     }
     __syncthreads();
-    first.times(between, S1, Part<EDGE1, EDGE2>(), out);
+    first.times(between, S1, Part<EDGE1, EDGE2>(), c);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) out[m] = c[m];
   }
 };
 
