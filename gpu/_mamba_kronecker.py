@@ -31,6 +31,12 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def tiles(dtype: str, edges: tuple[int, int]) -> int:
+    """Tiles of a matrix of channels: 16 x 8 on tensor cores, in double 8 x 16."""
+    tall, wide = (8, 16) if dtype == "float64" else (16, 8)
+    return -(-edges[0] // tall) * -(-edges[1] // wide)
+
+
 class Kronecker(NamedTuple):
     """How a step is laid out: `one` as for a mixer of low rank, but for the threads; and the edges of the factors."""
 
@@ -120,7 +126,7 @@ class Kronecker(NamedTuple):
         one, (squares, flat), dim = self.one, self._matrices, self.edges[0] * self.edges[1]
         bytes_ = self.real * (self._small + squares + flat + _up(dim, 4))
         if resident > 1:
-            bytes_ += self.real * 8 * self._tiles * one.threads
+            bytes_ += self.real * 12 * self._tiles * one.threads
         each = one.channels * one.states
         held, room = self.real * each * one.threads, SHARED_EACH // resident - SHARED_MORE
         registers = self.kept and resident == 1 and each <= 64
@@ -135,7 +141,7 @@ class Kronecker(NamedTuple):
     @property
     def _warps(self) -> int:
         """That could have a tile."""
-        return -(-self.edges[0] // 8) * -(-self.edges[1] // 16)
+        return tiles(self.one.dtype, self.edges)
 
     @property
     def kept(self) -> bool:
@@ -167,8 +173,7 @@ def layout(
     act: str,
 ) -> Kronecker:
     """Lay out steps of ``edges[0] * edges[1]`` channels with `size` states each."""
-    dim, tiles = edges[0] * edges[1], -(-edges[0] // 8) * -(-edges[1] // 16)
-    threads = 32 * min(tiles, MOST_WARPS)
+    dim, threads = edges[0] * edges[1], 32 * min(tiles(dtype, edges), MOST_WARPS)
     one = _mamba.layout(dtype, 1, False, mode, gated, heads, dim, size)
     one = one._replace(threads=threads, channels=-(-dim // threads))
     return Kronecker(one, edges, size, spectral, act)

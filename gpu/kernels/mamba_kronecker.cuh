@@ -1,13 +1,14 @@
 // What the kernels of FP-Mamba with a Kronecker mixer share: small products, from matrices in shared memory.
 //
-// A vector of EDGE1 EDGE2 channels is a matrix, row by row. All products are of rows with rows, c[i][j] = sum_k a[i][k] b[j][k],
-// so that both are read 16 bytes at a time; what is summed down a column is written transposed beforehand. A warp takes 8 x 16
-// elements, a lane of it 2 x 2, whose rows lie far apart: the lanes that read neighbouring rows at once do so from different
-// banks, for a row is an odd number of 16-byte pieces long. Around a matrix there are zeros.
+// A vector of EDGE1 EDGE2 channels is a matrix, row by row. All products are of rows with rows, c[i][j] = sum_k a[i][k] b[j][k];
+// what is summed down a column is written transposed beforehand. A warp takes a tile, 16 x 8 elements on tensor cores
+// (tensor.cuh), or in double 8 x 16 by 2 x 2 a lane. Rows are an odd number of 16-byte pieces long, so that lanes that read
+// neighbouring rows at once do so from different banks. Around a matrix there are zeros.
 //
 // Macros: those of mamba.cuh, and EDGE1, EDGE2.
 #pragma once
 #include "mamba.cuh"
+#include "tensor.cuh"
 
 constexpr int PIECE = 16 / (int)sizeof(real);
 typedef Pack<real, PIECE> piece_of_row;
@@ -20,52 +21,111 @@ __device__ constexpr int matrix(int rows, int columns) { return rows_of(rows) * 
 // Of an upper triangle.
 __device__ constexpr int triangle(int edge) { return edge * (edge + 1) / 2; }
 
-template <int I, int J> struct Tiles {
-  static constexpr int DOWN = (I + 7) / 8, ACROSS = (J + 15) / 16, COUNT = DOWN * ACROSS;
-};
-struct Tile { int i[2], j[2]; };
-template <int I, int J> __device__ __forceinline__ Tile tile_of(int number) {
-  typedef Tiles<I, J> All;
-  // of both sides neighbours have the same, one by one or two by two: half the time of a 16-byte access
-  const int lane = threadIdx.x % 32, down = lane / 2 % 2 + lane / 16 * 2, across = lane % 2 + lane / 4 % 4 * 2;
-  const int i = number / All::ACROSS * 4 + down, j = number % All::ACROSS * 8 + across;
-  return {{i, i + 4 * All::DOWN}, {j, j + 8 * All::ACROSS}};
-}
+constexpr bool TENSOR = sizeof(real) == 4;
+constexpr int TALL = TENSOR ? 16 : 8, WIDE = TENSOR ? 8 : 16;
 
-// c[m][n] is the sum of a[i_m][k] b[j_n][k] over k < K.
-template <int K> __device__ __forceinline__ void dots(const real* a, int as, const real* b, int bs, const Tile& at, real (&c)[2][2]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int n = 0; n < 2; ++n) c[m][n] = 0;
-#pragma unroll 2
-  for (int k = 0; k < up(K, PIECE); k += PIECE) {
-    piece_of_row left[2], right[2];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      left[m] = *(const piece_of_row*)(a + at.i[m] * as + k);
-      right[m] = *(const piece_of_row*)(b + at.j[m] * bs + k);
+// The tiles of a matrix of I x J, and a lane's four elements of one.
+template <int I, int J> struct Tile {
+  static constexpr int DOWN = up(I, TALL) / TALL, ACROSS = up(J, WIDE) / WIDE, COUNT = DOWN * ACROSS;
+  int i, j;
+
+  __device__ __forceinline__ explicit Tile(int number) {
+    const int lane = threadIdx.x % 32;
+    i = number % DOWN;
+    j = number / DOWN;
+    if constexpr (TENSOR) {
+      i *= TALL;
+      j *= WIDE;
+    } else {  // far apart; neighbours have the same of both sides, one by one or two by two
+      i = i * 4 + lane / 2 % 2 + lane / 16 * 2;
+      j = j * 8 + lane % 2 + lane / 4 % 4 * 2;
     }
+  }
+  __device__ __forceinline__ int row(int c) const {
+    return TENSOR ? i + (int)threadIdx.x % 32 / 4 + c / 2 * 8 : i + c / 2 * 4 * DOWN;
+  }
+  __device__ __forceinline__ int column(int c) const {
+    return TENSOR ? j + (int)threadIdx.x % 4 * 2 + c % 2 : j + c % 2 * 8 * ACROSS;
+  }
+};
+
+// Operands of tensor cores: a step's 16 x 8 of rows from `i`, 8 x 8 of rows from `j`, in two parts.
+struct Rows16 {
+  u32 high[4], low[4];
+
+  __device__ __forceinline__ void take(const real* a, int as, int i, int k) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int e = 0; e < PIECE; ++e)
+    for (int r = 0; r < 4; ++r) split((float)a[(i + g + r % 2 * 8) * as + k + t + r / 2 * 4], high[r], low[r]);
+  }
+};
+struct Rows8 {
+  u32 high[2], low[2];
+
+  __device__ __forceinline__ void take(const real* b, int bs, int j, int k) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+    for (int r = 0; r < 2; ++r) split((float)b[(j + g) * bs + k + t + r * 4], high[r], low[r]);
+  }
+};
+// Sums of a tile: in parts, so that no more than four instructions of K = 32 wait for each other.
+struct Sums {
+  float main[2][4] = {}, rest[2][4] = {};
+
+  __device__ __forceinline__ void add(int step, const Rows16& a, const Rows8& b) {
+    multiply(rest[step % 2], a.low, b.high);
+    multiply(main[step % 2], a.high, b.high);
+    multiply(rest[step % 2], a.high, b.low);
+  }
+  __device__ __forceinline__ void total(real (&c)[4]) const {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) c[m][n] += left[m].v[e] * right[n].v[e];
+    for (int r = 0; r < 4; ++r) c[r] = (main[0][r] + main[1][r]) + (rest[0][r] + rest[1][r]);
+  }
+};
+
+// A tile's elements of the product, over k < K.
+template <int K, int I, int J>
+__device__ __forceinline__ void dots(const real* a, int as, const real* b, int bs, const Tile<I, J>& at, real (&c)[4]) {
+  if constexpr (TENSOR) {
+    Sums sums;
+#pragma unroll
+    for (int k = 0; k < K; k += 8) {
+      Rows16 left;
+      Rows8 right;
+      left.take(a, as, at.i, k);
+      right.take(b, bs, at.j, k);
+      sums.add(k / 8, left, right);
+    }
+    sums.total(c);
+  } else {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) c[r] = 0;
+#pragma unroll 2
+    for (int k = 0; k < K; k += PIECE) {
+      piece_of_row left[2], right[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        left[r] = *(const piece_of_row*)(a + at.row(2 * r) * as + k);
+        right[r] = *(const piece_of_row*)(b + at.column(r) * bs + k);
+      }
+#pragma unroll
+      for (int e = 0; e < PIECE; ++e)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) c[r] += left[r / 2].v[e] * right[r % 2].v[e];
+    }
   }
 }
+
 // All elements of a product by so many warps: `done(i, j, c)`, beyond the edges as well, where it is zero.
 template <int I, int J, int K, int WARPS, class Done>
-__device__ __forceinline__ void multiply(const real* a, int as, const real* b, int bs, Done done) {
+__device__ __forceinline__ void whole_product(const real* a, int as, const real* b, int bs, Done done) {
 #pragma unroll 1
-  for (int number = threadIdx.x / 32; number < Tiles<I, J>::COUNT; number += WARPS) {
-    const Tile at = tile_of<I, J>(number);
-    real c[2][2];
+  for (int number = threadIdx.x / 32; number < Tile<I, J>::COUNT; number += WARPS) {
+    const Tile<I, J> at(number);
+    real c[4];
     dots<K>(a, as, b, bs, at, c);
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < 2; ++n) done(at.i[m], at.j[n], c[m][n]);
+    for (int r = 0; r < 4; ++r) done(at.row(r), at.column(r), c[r]);
   }
 }
 
@@ -73,150 +133,94 @@ __device__ __forceinline__ void multiply(const real* a, int as, const real* b, i
 
 constexpr int D = EDGE1 * EDGE2, WARPS = THREADS / 32;
 constexpr int S1 = pitch(EDGE1), S2 = pitch(EDGE2);
-constexpr int COUNT = Tiles<EDGE1, EDGE2>::COUNT, TILES = (COUNT + WARPS - 1) / WARPS, OWNED = 4 * TILES;
+typedef Tile<EDGE1, EDGE2> Channels;
+constexpr int COUNT = Channels::COUNT, TILES = (COUNT + WARPS - 1) / WARPS, OWNED = 4 * TILES;
 // Numbers of both factors, one after the other.
 constexpr int FACTORS = EDGE1 * EDGE1 + EDGE2 * EDGE2;
 
 __device__ __forceinline__ bool inside(int i, int j) {
-  return (EDGE1 % 8 == 0 || i < EDGE1) && (EDGE2 % 16 == 0 || j < EDGE2);
+  return (EDGE1 % 16 == 0 || i < EDGE1) && (EDGE2 % 16 == 0 || j < EDGE2);
+}
+// Whether the n-th tile of this warp is one.
+__device__ __forceinline__ bool is_tile(int n) { return COUNT % WARPS == 0 || n * WARPS + (int)threadIdx.x / 32 < COUNT; }
+__device__ __forceinline__ Channels own_tile(int n) { return Channels(n * WARPS + threadIdx.x / 32); }
+// A thread's channels: `each(c, i, j)`, c counts them.
+template <class Each> __device__ __forceinline__ void own(Each each) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n)
+    if (is_tile(n)) {
+      const Channels at = own_tile(n);
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (inside(at.row(r), at.column(r))) each(n * 4 + r, at.row(r), at.column(r));
+    }
 }
 
-// With KEPT, the factors stay in registers from one application to the next, and a product is laid out for that: four lanes
-// that lie 8 apart share 4 x 4 elements, each with a quarter of what is summed, of four neighbouring rows of the factor. In the
-// end each has one of these rows and four of the other side, which lie a quarter of the edge apart. A warp has 2 such tiles by
-// 4. Neighbours read the same of shared memory, so that a 16-byte access takes half its time, and all of it different banks.
-template <int ROWS, int COLUMNS> struct Part {  // of a product of a factor's ROWS with COLUMNS rows in shared memory
-  int held, other, share;
+// Both factors, and the products with them; IN_REGISTERS, a warp's rows of them stay there.
+template <bool IN_REGISTERS> struct Factors {
+  static_assert(!IN_REGISTERS || (TENSOR && TILES == 1), "one tile of float");
+  Rows16 first[IN_REGISTERS ? up(EDGE1, 8) / 8 : 1];
+  Rows8 second[IN_REGISTERS ? up(EDGE2, 8) / 8 : 1];
 
-  __device__ __forceinline__ Part() {
-    constexpr int DOWN = ROWS / 8;  // warps
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    share = lane / 8;
-    held = 4 * (warp % DOWN * 2 + lane % 2);
-    other = warp / DOWN * 4 + lane / 2 % 4;
-  }
-  __device__ __forceinline__ int row() const { return held + share; }
-  __device__ __forceinline__ int column(int m) const { return other + m * (COLUMNS / 4); }
-  // Where the share begins of K numbers.
-  template <int K> __device__ __forceinline__ int begin() const { return share % 2 * (K / 2) + share / 2 * (K / 4); }
-};
-template <int ROWS, int COLUMNS, int K> struct Kept {
-  static constexpr int SHARE = K / 4;
-  real its[4][SHARE];
-
-  __device__ __forceinline__ void take(const real* factor, int pitch) {
-    const Part<ROWS, COLUMNS> at;
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int k = 0; k < SHARE; k += PIECE) {
-        const piece_of_row some = *(const piece_of_row*)(factor + (at.held + n) * pitch + at.template begin<K>() + k);
-#pragma unroll
-        for (int e = 0; e < PIECE; ++e) its[n][k + e] = some.v[e];
-      }
-  }
-  // c[m] is the product of row at.row() with row at.column(m) of `from`.
-  __device__ __forceinline__ void times(const real* from, int pitch, const Part<ROWS, COLUMNS>& at, real (&c)[4]) const {
-    real sums[16] = {};
-#pragma unroll
-    for (int k = 0; k < SHARE; k += PIECE) {
-      piece_of_row some[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) some[m] = *(const piece_of_row*)(from + at.column(m) * pitch + at.template begin<K>() + k);
-#pragma unroll
-      for (int e = 0; e < PIECE; ++e)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-          for (int m = 0; m < 4; ++m) sums[n * 4 + m] += its[n][k + e] * some[m].v[e];
-    }
-    int index = 0, valid = 16;
-    fold_sums<16, 16, 8>(sums, threadIdx.x % 32, index, valid);
-#pragma unroll
-    for (int m = 0; m < 4; ++m) c[m] = sums[m];
-  }
-};
-
-// Both factors, and the products with them. A thread's channels: `each(c, i, j)`, c counts them.
-template <bool IN_REGISTERS> struct Factors;
-
-template <> struct Factors<true> {
-  Kept<EDGE2, EDGE1, EDGE2> second;
-  Kept<EDGE1, EDGE2, EDGE1> first;
-
-  template <class Each> static __device__ __forceinline__ void own(Each each) {
-    const Part<EDGE1, EDGE2> at;
-#pragma unroll
-    for (int m = 0; m < 4; ++m) each(m, at.row(), at.column(m));
-  }
   __device__ __forceinline__ void take(const real* k1, const real* k2) {
-    first.take(k1, S1);
-    second.take(k2, S2);
+    if constexpr (IN_REGISTERS) {
+      const Channels at = own_tile(0);
+#pragma unroll
+      for (int k = 0; k < EDGE1; k += 8) first[k / 8].take(k1, S1, at.i, k);
+#pragma unroll
+      for (int k = 0; k < EDGE2; k += 8) second[k / 8].take(k2, S2, at.j, k);
+    }
   }
+
   // K1 X K2^T at a thread's channels; X lies in `from` (pitch S2), and `between` (EDGE2 rows, pitch S1) is for X K2^T, transposed,
   // which `seen(i, j, c)` is told as well. One barrier in the middle; X must be there, and nobody at `between`.
-  template <class Seen>
-  __device__ __forceinline__ void apply(const real*, const real*, const real* from, real* between, real (&out)[OWNED], Seen seen) const {
-    const Part<EDGE2, EDGE1> at;
-    real c[4];
-    second.times(from, S2, at, c);
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      between[at.row() * S1 + at.column(m)] = c[m];
-      seen(at.column(m), at.row(), c[m]);
-    }
-    __syncthreads();
-    first.times(between, S1, Part<EDGE1, EDGE2>(), c);
-#pragma unroll
-    for (int m = 0; m < 4; ++m) out[m] = c[m];
-  }
-};
-
-template <> struct Factors<false> {
-  // Whether the n-th tile of this warp is one.
-  static __device__ __forceinline__ bool is_tile(int n) { return COUNT % WARPS == 0 || n * WARPS + (int)threadIdx.x / 32 < COUNT; }
-  static __device__ __forceinline__ Tile tile(int n) { return tile_of<EDGE1, EDGE2>(n * WARPS + threadIdx.x / 32); }
-
-  template <class Each> static __device__ __forceinline__ void own(Each each) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-      if (is_tile(n)) {
-        const Tile at = tile(n);
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int l = 0; l < 2; ++l)
-            if (inside(at.i[m], at.j[l])) each(n * 4 + m * 2 + l, at.i[m], at.j[l]);
-      }
-  }
-  __device__ __forceinline__ void take(const real*, const real*) {}
   template <class Seen>
   __device__ __forceinline__ void apply(const real* k1, const real* k2, const real* from, real* between, real (&out)[OWNED],
                                         Seen seen) const {
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       if (is_tile(n)) {
-        const Tile at = tile(n);
-        real c[2][2];
-        dots<EDGE2>(from, S2, k2, S2, at, c);
+        const Channels at = own_tile(n);
+        real c[4];
+        if constexpr (IN_REGISTERS) {
+          Sums sums;
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+          for (int k = 0; k < EDGE2; k += 8) {
+            Rows16 left;
+            left.take(from, S2, at.i, k);
+            sums.add(k / 8, left, second[k / 8]);
+          }
+          sums.total(c);
+        } else {
+          dots<EDGE2>(from, S2, k2, S2, at, c);
+        }
 #pragma unroll
-          for (int l = 0; l < 2; ++l)
-            if (inside(at.i[m], at.j[l])) {  // the zeros around stay, whatever a sequence brings
-              between[at.j[l] * S1 + at.i[m]] = c[m][l];
-              seen(at.i[m], at.j[l], c[m][l]);
-            }
+        for (int r = 0; r < 4; ++r)
+          if (inside(at.row(r), at.column(r))) {  // the zeros around stay, whatever a sequence brings
+            between[at.column(r) * S1 + at.row(r)] = c[r];
+            seen(at.row(r), at.column(r), c[r]);
+          }
       }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       if (is_tile(n)) {
-        const Tile at = tile(n);
-        real c[2][2];
-        dots<EDGE1>(k1, S1, between, S1, at, c);
+        const Channels at = own_tile(n);
+        real c[4];
+        if constexpr (IN_REGISTERS) {
+          Sums sums;
 #pragma unroll
-        for (int m = 0; m < 4; ++m) out[n * 4 + m] = c[m / 2][m % 2];
+          for (int k = 0; k < EDGE1; k += 8) {
+            Rows8 right;
+            right.take(between, S1, at.j, k);
+            sums.add(k / 8, first[k / 8], right);
+          }
+          sums.total(c);
+        } else {
+          dots<EDGE1>(k1, S1, between, S1, at, c);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) out[n * 4 + r] = c[r];
       }
   }
 };

@@ -43,7 +43,7 @@ __device__ __forceinline__ void make(real* memory, Argument argument, int at_ent
   for (int i = threadIdx.x; i < EDGE; i += THREADS) open[i] = sigmoid(argument(at_diagonal + i));
   for (int i = threadIdx.x; i < LONG; i += THREADS) turns[i] = turns[LONG + i] = 0;
   __syncthreads();
-  multiply<EDGE, EDGE, EDGE, THREADS / 32>(upper, S, upper, S, [&](int i, int j, real c) { r[i * S + j] = c; });
+  whole_product<EDGE, EDGE, EDGE, THREADS / 32>(upper, S, upper, S, [&](int i, int j, real c) { r[i * S + j] = c; });
   __syncthreads();
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
@@ -314,7 +314,7 @@ __device__ __forceinline__ void back(real* memory, const store* arguments, int a
     r[i * S + j] = bar[i * S + j] + bar[j * S + i];
   }
   __syncthreads();
-  multiply<EDGE, EDGE, EDGE, THREADS / 32>(r, S, across, S, [&](int i, int k, real c) {
+  whole_product<EDGE, EDGE, EDGE, THREADS / 32>(r, S, across, S, [&](int i, int k, real c) {
     if (k < EDGE && k >= i) {
       const int at = at_entries + i * EDGE - i * (i - 1) / 2 + k - i;
       put(at, activate_slope(widen(arguments[at])) * c);

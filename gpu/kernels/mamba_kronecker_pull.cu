@@ -77,7 +77,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       rowC[n] = widen(C[row * size + n]);
     }
     fetch_factors(factors + (i64)b * FACTORS, k1, k2);
-    Factors<KEPT>::own([&](int, int i, int j) {
+    own([&](int, int i, int j) {
       const real v = widen(in.x[i * EDGE2 + j]) - widen(y[row * D + i * EDGE2 + j]);
       gap[i * S2 + j] = v;
       across[j * S1 + i] = v;
@@ -117,7 +117,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         two[d] = from_later;
       }
     }
-    multiply<EDGE2, EDGE1, EDGE1, WARPS>(across, S1, k1, S1, [&](int l, int i, real c) {
+    whole_product<EDGE2, EDGE1, EDGE1, WARPS>(across, S1, k1, S1, [&](int l, int i, real c) {
       if (inside(i, l)) turned[l * S1 + i] = c;
     });
     Factors<KEPT> factor;
@@ -138,7 +138,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     factor.take(k1, k2);
     factor.apply(k1, k2, gap, between, product, unseen);
     real total = 0, none = 0, scale = 1;
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       const real dt = in.step(d), w = dt * bc + widen(skip[d]), g = in.opening(d);
       const real mixed = widen(in.x[d]) - product[c];
@@ -154,21 +154,21 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       __syncthreads();
       pair_total(room, total, none);
       total /= channels;
-      Factors<KEPT>::own([&](int c, int, int) { v[c] -= total; });
+      own([&](int c, int, int) { v[c] -= total; });
     }
     if constexpr (MODE != 0) {
       real squares = 0;
-      Factors<KEPT>::own([&](int c, int, int) { squares += v[c] * v[c]; });
+      own([&](int c, int, int) { squares += v[c] * v[c]; });
       pair_part(squares, 0, tops);
       __syncthreads();
       pair_total(tops, squares, none);
       scale = inverse_root(squares / channels + (real)eps);
-      Factors<KEPT>::own([&](int c, int, int) { v[c] *= scale; });
+      own([&](int c, int, int) { v[c] *= scale; });
     } else {
       __syncthreads();
     }
     // everybody is through with the factors as they are
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       wt(c, i, j) = widen(weight[d]);
       into[i * S2 + j] = two[d] * in.step(d);
@@ -192,7 +192,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       else
         return own_past[c];
     };
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       z[c] = widen(y_bar[row * D + d]) + (more_bar ? widen(more_bar[(i64)b * D + d]) : (real)0) + product[c];
       right(c, i, j) = z[c];
@@ -205,7 +205,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     for (int count = 0;;) {
       if constexpr (MODE != 0) {
         real a = 0, a_along = 0;
-        Factors<KEPT>::own([&](int c, int i, int j) {
+        own([&](int c, int i, int j) {
           const real inner = wt(c, i, j) * z[c];
           a += inner;
           a_along += inner * v[c];
@@ -227,22 +227,22 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         if (fine || count >= max_iter || !is_finite(moved)) break;
         swing.look(moved, [&] {
           real back = 0;
-          Factors<KEPT>::own([&](int c, int i, int j) { back += change[c] * past(c, i, j); });
+          own([&](int c, int i, int j) { back += change[c] * past(c, i, j); });
           return back;
         }, swinging);
-        Factors<KEPT>::own([&](int c, int i, int j) { past(c, i, j) = change[c]; });
+        own([&](int c, int i, int j) { past(c, i, j) = change[c]; });
         if (swing.factor != taken) {  // not so far; behind a barrier of its own
-          Factors<KEPT>::own([&](int c, int, int) { z[c] += (swing.factor - taken) * change[c]; });
+          own([&](int c, int, int) { z[c] += (swing.factor - taken) * change[c]; });
           continue;
         }
       }
-      Factors<KEPT>::own([&](int c, int i, int j) {
+      own([&](int c, int i, int j) {
         into[i * S2 + j] = parked_through(c, i, j) * (MODE ? scale * (wt(c, i, j) * z[c] - with - v[c] * along) : z[c]);
       });
       __syncthreads();
       factor.apply(k1, k2, into, between, product, unseen);
       real far = 0, top = 0;
-      Factors<KEPT>::own([&](int c, int i, int j) {
+      own([&](int c, int i, int j) {
         const real now = right(c, i, j) + product[c];
         change[c] = now - z[c];
         far = most(far, magnitude(change[c]));
@@ -253,7 +253,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
       judged = false;
       ++count;
     }
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       const real v_bar = MODE ? scale * (wt(c, i, j) * z[c] - with - v[c] * along) : z[c], mixed = one[d];
       e[c] = in.opening(d) * v_bar;  // the cotangent of o
@@ -316,7 +316,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     }
     const real* totals = sums_total<2 * STATES, THREADS>(rows);
     // e becomes the cotangent of u
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const int d = i * EDGE2 + j;
       const real dt = in.step(d), fed = one[d];
       real slope = two[d];
@@ -351,18 +351,18 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     Factors<KEPT> again;  // they need not stay where the states are looked at
     again.take(k1, k2);
     again.apply(k1, k2, into, between, product, [&](int i, int j, real c) { half[i * S2 + j] = c; });
-    Factors<KEPT>::own([&](int c, int i, int j) { x_bar[row * D + i * EDGE2 + j] = narrow(e[c] - product[c]); });
+    own([&](int c, int i, int j) { x_bar[row * D + i * EDGE2 + j] = narrow(e[c] - product[c]); });
     // K1_bar = -(E K2) (X - Y)^T,   K2_bar = -E^T (K1 (X - Y))
     store* to = factors_bar + (i64)b * FACTORS;
-    multiply<EDGE1, EDGE1, EDGE2, WARPS>(half, S2, gap, S2, [&](int i, int k, real c) {
+    whole_product<EDGE1, EDGE1, EDGE2, WARPS>(half, S2, gap, S2, [&](int i, int k, real c) {
       if (i < EDGE1 && k < EDGE1) to[i * EDGE1 + k] = narrow(-c);
     });
-    multiply<EDGE2, EDGE2, EDGE1, WARPS>(across, S1, turned, S1, [&](int j, int l, real c) {
+    whole_product<EDGE2, EDGE2, EDGE1, WARPS>(across, S1, turned, S1, [&](int j, int l, real c) {
       if (j < EDGE2 && l < EDGE2) to[EDGE1 * EDGE1 + j * EDGE2 + l] = narrow(-c);
     });
     if (threadIdx.x == 0 && !fine) met[b] = 0;
   }
-  if constexpr (HEADS) Factors<KEPT>::own([&](int c, int i, int j) { add(rate_bar, i * EDGE2 + j, rates(c)); });
+  if constexpr (HEADS) own([&](int c, int i, int j) { add(rate_bar, i * EDGE2 + j, rates(c)); });
   if constexpr (!HEADS) {
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass)

@@ -13,7 +13,7 @@
 
 // factors (B, FACTORS); mixed (B, T, D), u, or null; the rest as in mamba_solve.cu, at the step `t` alone: B and C are written,
 // norms (B, T, 2) of their arguments too unless null.
-// Shared memory: 2 STATES; three rooms of two a warp; the factors, X - Y and what is between; one a channel; PARKED two a channel
+// Shared memory: 2 STATES; three rooms of two a warp; the factors, X - Y and what is between; one a channel; PARKED three a channel
 // of the threads; with HOLD 2 the state.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_kronecker_solve(const store* factors, const store* x, const store* delta, const store* A, store* B, store* C,
@@ -26,7 +26,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   real *rowB = (real*)memory, *rowC = rowB + STATES, *sums = rowC + STATES, *tops = sums + 2 * WARPS, *swinging = tops + 2 * WARPS;
   real *k1 = rowB + up(2 * STATES + 6 * WARPS, PIECE), *k2 = k1 + matrix(EDGE1, EDGE1), *gap = k2 + matrix(EDGE2, EDGE2);
   real *between = gap + matrix(EDGE1, EDGE2), *exchange = between + matrix(EDGE2, EDGE1);
-  real *parked = exchange + up(D, PIECE), *meanwhile = parked + (PARKED ? 2 * OWNED * THREADS : 0);
+  real *parked = exchange + up(D, PIECE), *meanwhile = parked + (PARKED ? 3 * OWNED * THREADS : 0);
   const i64 b = blockIdx.x, row = b * steps + t;
   const Inputs in = {nullptr, x + row * D, delta + row * (HEADS ? heads : D), A, GATED ? gate + row * D : nullptr, D, size, heads};
 
@@ -47,10 +47,16 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     __syncthreads();
   }
   fetch_factors(factors + b * FACTORS, k1, k2);
-  real xs[OWNED] = {};
-  Factors<KEPT>::own([&](int c, int i, int j) {
-    xs[c] = widen(in.x[i * EDGE2 + j]);
-    gap[i * S2 + j] = xs[c];
+  real own_x[PARKED ? 1 : OWNED] = {};
+  auto xs = [&](int c) -> real& {
+    if constexpr (PARKED)
+      return parked[(2 * OWNED + c) * THREADS + threadIdx.x];
+    else
+      return own_x[c];
+  };
+  own([&](int c, int i, int j) {
+    xs(c) = widen(in.x[i * EDGE2 + j]);
+    gap[i * S2 + j] = xs(c);
   });
   for (int n = size + threadIdx.x; n < STATES; n += THREADS) rowB[n] = rowC[n] = 0;
   {
@@ -126,11 +132,11 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       return own_shift[c];
   };
   real product[OWNED] = {};
-  Factors<KEPT>::own([&](int c, int i, int j) {
+  own([&](int c, int i, int j) {
     const int d = i * EDGE2 + j;
     const real w = in.step(d) * bc + widen(skip[d]), g = in.opening(d);
     gw[c] = g * w;
-    p[c] = g * (exchange[d] + w * xs[c]);
+    p[c] = g * (exchange[d] + w * xs(c));
     wt(c) = widen(weight[d]);
     shift(c) = bias ? widen(bias[d]) : (real)0;
   });
@@ -153,15 +159,15 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       if (!fine)
         swing.look(moved, [&] {
           real back = 0;
-          Factors<KEPT>::own([&](int c, int, int) { back += change[c] * past[c]; });
+          own([&](int c, int, int) { back += change[c] * past[c]; });
           return back;
         }, swinging);
-      Factors<KEPT>::own([&](int c, int, int) { past[c] = change[c]; });
+      own([&](int c, int, int) { past[c] = change[c]; });
       const real wanted = fine ? (real)1 : swing.factor;
       if (wanted != taken) {  // further than it went, or not so far
-        Factors<KEPT>::own([&](int c, int i, int j) {
+        own([&](int c, int i, int j) {
           y[c] += (wanted - taken) * change[c];
-          gap[i * S2 + j] = xs[c] - y[c];
+          gap[i * S2 + j] = xs(c) - y[c];
         });
         last = stop;
         __syncthreads();
@@ -172,7 +178,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     real a = 0, squares = 0, scale = 1;
     if constexpr (MODE == 2) {
       if (count == 0) {  // later on the mean hardly moves
-        Factors<KEPT>::own([&](int c, int, int) { a += p[c] - gw[c] * product[c]; });
+        own([&](int c, int, int) { a += p[c] - gw[c] * product[c]; });
         pair_part(a, 0, swinging);
         __syncthreads();
         pair_total(swinging, centre, squares);
@@ -180,7 +186,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
         a = squares = 0;
       }
     }
-    Factors<KEPT>::own([&](int c, int, int) {
+    own([&](int c, int, int) {
       product[c] = p[c] - gw[c] * product[c] - centre;
       a += product[c];
       squares += product[c] * product[c];
@@ -195,13 +201,13 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       a = off;
     }
     real far = 0, top = 0;
-    Factors<KEPT>::own([&](int c, int i, int j) {
+    own([&](int c, int i, int j) {
       const real now = MODE ? wt(c) * ((product[c] - a) * scale) + shift(c) : product[c];
       change[c] = now - y[c];
       far = most(far, magnitude(change[c]));
       top = larger(top, larger(magnitude(now), magnitude(y[c])));
       y[c] += swing.factor * change[c];
-      gap[i * S2 + j] = xs[c] - y[c];
+      gap[i * S2 + j] = xs(c) - y[c];
     });
     if (MODE == 2) centre += a;
     if (MODE == 0) __syncthreads();  // `tops` have been read
@@ -210,9 +216,9 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     ++count;
     __syncthreads();
   }
-  Factors<KEPT>::own([&](int c, int i, int j) {
+  own([&](int c, int i, int j) {
     const int d = i * EDGE2 + j;
-    const real u = xs[c] - product[c];
+    const real u = xs(c) - product[c];
     y_out[row * D + d] = narrow(y[c]);
     if (mixed_out) mixed_out[row * D + d] = narrow(u);
     exchange[d] = in.step(d) * u;
