@@ -158,13 +158,13 @@ def _aligned(s: System) -> System:
 
 
 class Arguments(NamedTuple):
-    """What the linear maps of a layer say, from which a mixer of rank one, ``B`` and ``C`` are made.
+    """What the linear maps of a layer say, from which a mixer, of rank one or Kronecker, ``B`` and ``C`` are made.
 
     Attributes
     ----------
     mixer : (B, T, D + 1) array
-        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike. What comes after is not
-        looked at, and its cotangent is zero.
+        Of ``u``, then of ``alpha``, as far as ``x_t`` decides; ``b, c`` (B, T, N) alike. Kronecker: of the triangles of
+        both factors, then of their diagonals. What comes after is not looked at, and its cotangent is zero.
     b, c : (B, T, N) arrays
     stacked : (width, D) array or None
         The linear maps of ``y_{t-1}``, of those that see it in this order: mixer, b, c.
@@ -172,9 +172,12 @@ class Arguments(NamedTuple):
         Which do.
     activation : str
     alpha_max, unit_eps : float
-        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``.
+        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``. Kronecker: the scale of the first factor; of the lengths
+        of rows.
     bc_eps : float or None
         Of the lengths of ``b`` and ``c``; None where they are not normalised.
+    spectral : bool
+        Kronecker: whether a factor is divided by its largest eigenvalue.
     steps : object or None
         From arguments to ``delta``, where that sees ``y_{t-1}``, last in `stacked`: its ``delta(argument, out)`` and
         ``pull(delta, delta_bar)``, which returns cotangents of what softplus sees and of the argument.
@@ -191,6 +194,7 @@ class Arguments(NamedTuple):
     alpha_max: float
     unit_eps: float
     bc_eps: float | None
+    spectral: bool = True
     steps: Any = None
     step_argument: Array | None = None
 

@@ -2,17 +2,18 @@
 `fpnumba.reference.mamba`.
 
 Arrays are CuPy's, C-contiguous, all float32 or all float64. With a mixer of low rank a step is one kernel each way,
-`fpnumba.gpu._mamba`; with any other, kernels of the room's scan and mixers are put together here, and an iteration goes
-on until no sequence moves, which the host learns two iterations late, so that the device does not wait for it.
+`fpnumba.gpu._mamba`, and with a Kronecker mixer that is made on the way two, `fpnumba.gpu._mamba_kronecker`; with any other,
+kernels of the room's scan and mixers are put together here, and an iteration goes on until no sequence moves, which the host
+learns two iterations late, so that the device does not wait for it.
 """
 
 from typing import Any
 
 import numpy as np
 
-from fpnumba.gpu import _device, _mamba, mixers, scan
+from fpnumba.gpu import _device, _mamba, _mamba_kronecker, mixers, scan
 from fpnumba.gpu._look import wild
-from fpnumba.gpu._mamba import Arguments, makes
+from fpnumba.gpu._mamba import Arguments
 from fpnumba.gpu._mamba_rows import Application
 from fpnumba.reference import mamba as reference
 from fpnumba.reference import products
@@ -176,6 +177,12 @@ def _solve_step(
     return y, count, residual, met
 
 
+def makes(system: System, activation: str) -> bool:
+    """Whether `solve_made` serves a system whose mixers are made from arguments with this activation."""
+    module = _mamba_kronecker if system.kind == "kronecker" else _mamba
+    return module.makes(system, activation)
+
+
 def solve_made(
     system: System,
     given: Arguments,
@@ -187,12 +194,13 @@ def solve_made(
     max_iter: int = 1000,
     damping: float = 1.0,
 ) -> tuple[Array, Array, tuple[Array, Array, Array], Any]:
-    """`solve` where the mixer, of rank one, ``B`` and ``C`` of step ``t`` are made from arguments and ``y_{t-1}``.
+    """`solve` where the mixer, of rank one or Kronecker, ``B`` and ``C`` of step ``t`` are made from arguments and
+    ``y_{t-1}``.
 
     Parameters
     ----------
     system : System
-        Its parameters, ``B`` and ``C`` are written.
+        Its parameters, ``B`` and ``C`` are written; of Kronecker factors only the edges are looked at.
     given : Arguments
     initial : pair of arrays
         ``y_0 (B, D)`` and ``H_0 (B, D, N)``.
@@ -211,15 +219,21 @@ def solve_made(
         For `pull_made`.
     """
     options: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_iter": max_iter, "damping": damping}
-    y, state, iterations, residual, met, made = _mamba.solve_made(
-        system, given, initial, keep=keep, **options
-    )
+    solved: Any = _mamba_kronecker.solve_made if system.kind == "kronecker" else _mamba.solve_made
+    y, state, iterations, residual, met, made = solved(system, given, initial, keep=keep, **options)
     status = _status(system, initial[1], y, state, met)
     return y, state, (iterations, residual, status), made
 
 
 def pull_made(
-    made: Any, given: Arguments, y: Array, y_bar: Array, last_bar: Array | None
+    made: Any,
+    given: Arguments,
+    y: Array,
+    y_bar: Array,
+    last_bar: Array | None,
+    *,
+    rtol: float = 1e-6,
+    max_iter: int = 1000,
 ) -> tuple[Bars, Array, Array]:
     """The exact gradient behind `solve_made`.
 
@@ -229,6 +243,8 @@ def pull_made(
         Of `solve_made`.
     y, y_bar : (B, T, D) arrays
     last_bar : (B, D, N) array or None
+    rtol, max_iter
+        Of the adjoint of a step, unless the mixer is of rank one.
 
     Returns
     -------
@@ -238,8 +254,15 @@ def pull_made(
         Those of what ``y_{t-1}`` says.
     status : (B,) int8 array
     """
-    bars, fed_bar = _mamba.pull_made(made, given, y, y_bar, last_bar)
-    status = _device.xp().where(wild(bars.y), DIVERGED, CONVERGED)
+    xp, met = _device.xp(), None
+    if made.system.kind == "kronecker":
+        options: dict[str, Any] = {"rtol": rtol, "max_iter": max_iter}
+        bars, fed_bar, met = _mamba_kronecker.pull_made(made, given, y, y_bar, last_bar, **options)
+    else:
+        bars, fed_bar = _mamba.pull_made(made, given, y, y_bar, last_bar)
+    status = xp.where(
+        wild(bars.y), DIVERGED, CONVERGED if met is None else xp.where(met, CONVERGED, MAX_ITER)
+    )
     return bars, fed_bar, status.astype(np.int8)
 
 

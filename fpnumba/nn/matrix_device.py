@@ -1,8 +1,8 @@
-"""FP-Mamba on a GPU with a mixer of rank one, whose parameters kernels make on the way.
+"""FP-Mamba on a GPU with a mixer of rank one or a Kronecker mixer, whose parameters kernels make on the way.
 
-Step after step it is a product of matrices and a kernel a step, and does what
+Step after step it is a product of matrices and a kernel or two a step, and does what
 :func:`fpnumba.nn.matrix_ways.solve_sequential` and ``pull_sequential`` do with the doors of a room; an application to
-all steps is a product, a scan and two kernels. Tests hold them to each other.
+all steps, with rank one, is a product, a scan and two kernels. Tests hold them to each other.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from fpnumba.nn import backend
 from fpnumba.nn.basic import rows
-from fpnumba.nn.mixer_maps import LowRankMap
+from fpnumba.nn.mixer_maps import KroneckerMap, LowRankMap
 from fpnumba.nn.recurrence import Solve
 from fpnumba.nn.ways import Verdict
 from fpnumba.reference.mamba import System
-from fpnumba.solve import Solution, Solved
+from fpnumba.solve import Adjoint, Solution, Solved
 
 if TYPE_CHECKING:
     from fpnumba.nn.matrix_state import MatrixBars, MatrixCell
@@ -35,10 +35,12 @@ class Kept:
 
 
 def serves(cell: MatrixCell) -> bool:
-    """Whether there are kernels for this recurrence."""
-    if backend.on_host(cell.v) or not isinstance(cell.map, LowRankMap):
+    """Whether there are kernels for this recurrence, step after step."""
+    if backend.on_host(cell.v) or cell.fixed is not None:
         return False
-    if cell.map.rank != 1 or cell.map.stack.factored or cell.fixed is not None:
+    if not isinstance(cell.map, LowRankMap | KroneckerMap) or cell.map.stack.factored:
+        return False
+    if isinstance(cell.map, LowRankMap) and cell.map.rank != 1:
         return False
     if "serves" not in cell.ready:  # asked in every iteration
         doors = backend.room(cell.v).mamba
@@ -46,18 +48,26 @@ def serves(cell: MatrixCell) -> bool:
     return bool(cell.ready["serves"])
 
 
+def applies(cell: MatrixCell) -> bool:
+    """Whether there are kernels for an application of the whole map."""
+    return isinstance(cell.map, LowRankMap) and serves(cell)
+
+
 def _system(cell: MatrixCell, *, empty: bool = False) -> System:
     """The system, without the numbers of what the kernels make."""
     batch, steps, dim = cell.v.shape
     shape = (batch, 0 if empty else steps)
-    u, alpha = backend.empty((*shape, 1, dim), cell.v), backend.empty((*shape, 1), cell.v)
     base, kind = cell.base, cell.map.kind
+    if isinstance(cell.map, KroneckerMap):  # the edges are all that is looked at
+        params = tuple(backend.empty((batch, 0, edge, edge), cell.v) for edge in cell.map.sizes)
+    else:
+        params = backend.empty((*shape, 1, dim), cell.v), backend.empty((*shape, 1), cell.v)
     if empty:
         B, C, delta = base["b"], base["c"], base["lambda"]
     else:
         B, C = (backend.empty(base[name].shape, cell.v) for name in ("b", "c"))
         delta = _delta(cell)
-    return System(kind, (u, alpha), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm)
+    return System(kind, params, cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm)
 
 
 def _delta(cell: MatrixCell) -> Array:
@@ -79,7 +89,7 @@ def _argument(cell: MatrixCell, y: Array) -> Array:
 def _given(cell: MatrixCell) -> Any:
     """The arguments as the room takes them."""
     map = cell.map
-    assert isinstance(map, LowRankMap)
+    assert isinstance(map, LowRankMap | KroneckerMap)
     return backend.room(cell.v).mamba.Arguments(
         *(backend.contiguous(cell.base[name]) for name in ("mixer", "b", "c")),
         cell.stacked,
@@ -88,6 +98,7 @@ def _given(cell: MatrixCell) -> Any:
         map.alpha_max,
         map.norm_eps,
         cell.bc_eps,
+        isinstance(map, KroneckerMap) and map.spectral,
         *((cell.steps, cell.base["lambda"]) if "lambda" in cell.feedback else ()),
     )
 
@@ -147,11 +158,12 @@ def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Sol
     return found, (backend.contiguous(end), last)
 
 
-def pull(cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solution]:
+def pull(cell: MatrixCell, found: Solve, y_bar: Array, adjoint: Adjoint) -> tuple[MatrixBars, Solution]:
     """As :func:`fpnumba.nn.matrix_ways.pull_sequential`."""
     kept, bars, y = found.steps[0], cell.bars(), found.h
+    options = {"rtol": adjoint.rtol * cell.share(), "max_iter": adjoint.max_iter}
     pulled, fed_bar, status = backend.room(y).mamba.pull_made(
-        kept.made, kept.given, y, backend.contiguous(y_bar), None
+        kept.made, kept.given, y, backend.contiguous(y_bar), None, **options
     )
     bars.base = {"mixer": pulled.params, "b": pulled.B, "c": pulled.C}
     bars.v, bars.A, bars.skip, bars.gate = pulled.x, pulled.A, pulled.skip, pulled.gate

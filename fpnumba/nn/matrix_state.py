@@ -233,7 +233,7 @@ class MatrixCell:
 
     def iterate(self, y: Array) -> Array:
         """One application of the whole map."""
-        if matrix_device.serves(self):
+        if matrix_device.applies(self):
             applied: Array = matrix_device.application(self, y).value()
             return applied
         new: Array = backend.room(y).mamba.iterate(self.mix(y).system, self.initial[1], y)
@@ -391,7 +391,7 @@ class MatrixBars:
     ) -> Array | None:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell = self.cell
-        if matrix_device.serves(cell):
+        if matrix_device.applies(cell):
             return matrix_device.absorb(self, h, new_bar, through=through)
         made = cell.mix(h) if made is None else made
         doors = backend.room(h).mamba

@@ -76,7 +76,7 @@ def pull_sequential(
 ) -> tuple[MatrixBars, Solution]:
     """The exact gradient, backward in time."""
     if found.steps and isinstance(found.steps[0], matrix_device.Kept):
-        return matrix_device.pull(cell, found, y_bar)
+        return matrix_device.pull(cell, found, y_bar, adjoint)
     bars, y = cell.bars(), found.h
     batch, steps, _ = y.shape
     options = {"rtol": adjoint.rtol * cell.share(), "atol": adjoint.atol, "max_iter": adjoint.max_iter}
