@@ -44,17 +44,18 @@ def _workers(wanted: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def run(kernel: Callable[..., Any], tasks: int, work: int, *args: Any) -> None:
+def run(kernel: Callable[..., Any], tasks: int, work: int, *args: Any, shares_each: int = 4) -> None:
     """Call ``kernel(first, last, *args)`` so that all of ``range(tasks)`` is covered, over the threads.
 
     `work` is the size of the whole in elements. A task must not care which thread runs it, or beside which others.
+    What runs on a thread must not call this again.
     """
     threads = min(count(), tasks)
     if threads <= 1 or work < SMALLEST:
         kernel(0, tasks, *args)
         return
     # Tasks differ (a sequence may converge sooner): whoever is free takes the next share.
-    shares = min(tasks, 4 * threads)
+    shares = min(tasks, shares_each * threads)
     bounds = [tasks * k // shares for k in range(shares + 1)]
     queue = itertools.count()
 

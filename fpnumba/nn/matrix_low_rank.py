@@ -65,12 +65,15 @@ def _scan_options(cell: MatrixCell) -> tuple[Array, Array, Array, bool]:
     return rates, cell.skip, empty if cell.gate is None else cell.gate, cell.gate is not None
 
 
-def _delta(cell: MatrixCell, argument: Array) -> Array:
-    """``delta`` of every channel, ``(B, T, D)``; as :meth:`fpnumba.nn.matrix_state.Steps.delta`, compiled."""
+def _delta(cell: MatrixCell, argument: Array, *, alone: bool = False) -> Array:
+    """``delta`` of every channel, ``(B, T, D)``; as :meth:`fpnumba.nn.matrix_state.Steps.delta`, compiled.
+
+    `alone` on the thread of the caller.
+    """
     weight, bias = cell.steps.weight, cell.steps.bias
     raw = rows(argument) if weight is None else rows(argument) @ weight.T
     delta = np.empty_like(raw)
-    run(kernels.softplus_rows, len(raw), 8 * raw.size, raw, bias, delta)
+    run(kernels.softplus_rows, len(raw), 0 if alone else 8 * raw.size, raw, bias, delta)
     dim = cell.v.shape[2]
     if delta.shape[1] != dim:
         delta = np.repeat(delta, dim // delta.shape[1], axis=1)
@@ -96,7 +99,8 @@ def solve(
     b_norm, c_norm = (np.empty((batch, span), dtype) for _ in range(2))
     made = u, norm, alpha, b, b_norm, c, c_norm
     delta = np.empty_like(cell.v) if "lambda" in cell.feedback else _delta(cell, cell.base["lambda"])
-    state, states = np.array(cell.initial[1]), []
+    state = np.array(cell.initial[1])
+    states = [np.empty_like(state) for _ in range(0, steps, SPAN)] if keep else []
     y, iterations = np.empty_like(cell.v), np.zeros((batch, steps), np.int64)
     residual, met = np.zeros(batch), np.ones(batch, bool)
     told = tight(solver, cell.share())
@@ -104,35 +108,38 @@ def solve(
     bc_eps = -1.0 if cell.bc_eps is None else cell.bc_eps
     fixed = (*_mixer_options(map), bc_eps, cell.v, delta, *_scan_options(cell))
     fixed = (*fixed, *_norm(cell.norm, True), *options)
-    work = 16 * batch * dim * size
-    before = np.ascontiguousarray(cell.initial[0])
-    # a sequence that overflows is flagged below
-    with np.errstate(over="ignore", invalid="ignore"):
-        for t in range(steps):
-            if keep and t % SPAN == 0:
-                states.append(state.copy())
-            if cell.stacked is not None:
-                more, start = before @ cell.stacked.T, 0
-                for name in SEGMENTS:
-                    if name in cell.feedback:
-                        end = start + len(cell.feedback[name])
-                        arguments[name][:, t] += more[:, start:end]
-                        start = end
-            at = t if keep else 0
-            if factored:
-                a[:, at] = cell.weights.expand(arguments["mixer"][:, t])
-            if "lambda" in cell.feedback:
-                delta[:, t] = _delta(cell, arguments["lambda"][:, t])
-            # a mixer without second factors has its pre-activations in place
-            where = (t, at, at if factored else t)
-            seen = (a, arguments["b"], arguments["c"])
-            results = (state, *made, y, iterations, residual, met)
-            run(kernels.forward_step, batch, work, *where, *seen, *fixed, *results)
-            before = y[:, t]
+    seen, results = (a, arguments["b"], arguments["c"]), (state, *made, y, iterations, residual, met)
+
+    def walk(first: int, last: int) -> None:
+        """All steps of some sequences."""
+        mine = slice(first, last)
+        # a sequence that overflows is flagged below
+        with np.errstate(over="ignore", invalid="ignore"):
+            for t in range(steps):
+                if keep and t % SPAN == 0:
+                    states[t // SPAN][mine] = state[mine]
+                if cell.stacked is not None:
+                    before = y[mine, t - 1] if t else cell.initial[0][mine]
+                    more, start = before @ cell.stacked.T, 0
+                    for name in SEGMENTS:
+                        if name in cell.feedback:
+                            end = start + len(cell.feedback[name])
+                            arguments[name][mine, t] += more[:, start:end]
+                            start = end
+                at = t if keep else 0
+                if factored:
+                    a[mine, at] = cell.weights.expand(arguments["mixer"][mine, t])
+                if "lambda" in cell.feedback:
+                    delta[mine, t] = _delta(cell, arguments["lambda"][mine, t], alone=True)
+                # a mixer without second factors has its pre-activations in place
+                where = (t, at, at if factored else t)
+                kernels.forward_step(first, last, *where, *seen, *fixed, *results)
+
+    run(walk, batch, 16 * state.size * steps, shares_each=1)
     kept = [Kept(arguments, a, made, delta, states)] if keep else []
     status = _status(y, met, cell, cell.finite)
     found = Solution(y, status, iterations.max(-1, initial=0), residual, "sequential", iterations)
-    last = np.ascontiguousarray(before)
+    last = np.ascontiguousarray(y[:, -1] if steps else cell.initial[0])
     return Solve(y, found, steps=kept), (last, state)
 
 
@@ -152,42 +159,35 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
     rate_bar = np.zeros((batch, dim, size), dtype)
     skip_bar, weight_bar, bias_bar = (np.zeros((batch, dim), dtype) for _ in range(3))
     G, carry = np.zeros_like(rate_bar), np.zeros((batch, dim), dtype)
+    passing = np.empty_like(G)
     now = memory.empty((batch, min(SPAN, steps), dim, size), dtype)
     bc_eps = -1.0 if cell.bc_eps is None else cell.bc_eps
-    mixer, work = _mixer_options(map), 16 * batch * dim * size
+    mixer = _mixer_options(map)
     fixed = (kept.a, *mixer, bc_eps, cell.v, kept.delta, rates, skip, gate, gated, *_norm(cell.norm, False))
     outputs = (z, bars.v, a_bar, delta_bar, bars.base["b"], bars.base["c"], gate_bar)
     sums = (rate_bar, skip_bar, weight_bar, bias_bar)
     fed = None if cell.stacked is None else np.empty((batch, steps, len(cell.stacked)), dtype)
     raw_bar = np.empty((batch, steps, len(cell.steps.bias)), dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for begin in range((steps - 1) // SPAN * SPAN, -1, -SPAN) if steps else ():
-            end = min(begin + SPAN, steps)
-            state, here = kept.states[begin // SPAN].copy(), now[:, : end - begin]
-            scanned = (u, alpha, mixer[3], cell.v, kept.delta, rates, b, c, y, state, here)
-            run(kernels.decayed_states, batch, work * SPAN, begin, *scanned)
-            for t in range(end - 1, begin - 1, -1):
-                run(
-                    kernels.backward_step,
-                    batch,
-                    work,
-                    t,
-                    t - begin,
-                    *fixed,
-                    *kept.made,
-                    now,
-                    G,
-                    y,
-                    y_bar,
-                    carry,
-                    *outputs,
-                    *sums,
-                )
-                if "lambda" in cell.feedback:
-                    raw_bar[:, t] = _raw_bar(kept.delta[:, t], delta_bar[:, t], raw_bar.shape[2])
-                if fed is not None and cell.stacked is not None:
-                    _feed(cell, t, a_bar, bars, raw_bar, fed)
-                    np.matmul(fed[:, t], cell.stacked, out=carry)
+
+    def walk(first: int, last: int) -> None:
+        """All steps of some sequences, backward."""
+        mine = slice(first, last)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for begin in range((steps - 1) // SPAN * SPAN, -1, -SPAN) if steps else ():
+                end = min(begin + SPAN, steps)
+                passing[mine], here = kept.states[begin // SPAN][mine], now[:, : end - begin]
+                scanned = (u, alpha, mixer[3], cell.v, kept.delta, rates, b, c, y, passing, here)
+                kernels.decayed_states(first, last, begin, *scanned)
+                for t in range(end - 1, begin - 1, -1):
+                    given = (*fixed, *kept.made, now, G, y, y_bar, carry)
+                    kernels.backward_step(first, last, t, t - begin, *given, *outputs, *sums)
+                    if "lambda" in cell.feedback:
+                        raw_bar[mine, t] = _raw_bar(kept.delta[mine, t], delta_bar[mine, t], raw_bar.shape[2])
+                    if fed is not None and cell.stacked is not None:
+                        _feed(cell, t, mine, a_bar, bars, raw_bar, fed)
+                        np.matmul(fed[mine, t], cell.stacked, out=carry[mine])
+
+    run(walk, batch, 16 * G.size * steps, shares_each=1)
     if "lambda" not in cell.feedback:
         raw_bar[...] = _raw_bar(kept.delta, delta_bar, raw_bar.shape[2])
     bars.base["mixer"] = cell.weights.expand_vjp(kept.arguments["mixer"], a_bar, bars.seconds)
@@ -219,20 +219,22 @@ def _raw_bar(delta: Array, delta_bar: Array, width: int) -> Array:
     return raw if raw.shape[-1] == width else raw.reshape(*raw.shape[:-1], width, -1).sum(-1)
 
 
-def _feed(cell: MatrixCell, t: int, a_bar: Array, bars: MatrixBars, raw_bar: Array, fed: Array) -> None:
-    """What step ``t`` hands back to ``V y_{t-1}``."""
+def _feed(
+    cell: MatrixCell, t: int, mine: slice, a_bar: Array, bars: MatrixBars, raw_bar: Array, fed: Array
+) -> None:
+    """What step ``t`` of some sequences hands back to ``V y_{t-1}``."""
     start = 0
     for name in SEGMENTS:
         if name not in cell.feedback:
             continue
         if name == "mixer":
-            bar = cell.weights.expand_transpose(a_bar[:, t])
+            bar = cell.weights.expand_transpose(a_bar[mine, t])
         elif name == "lambda":
             weight = cell.steps.weight
-            bar = raw_bar[:, t] if weight is None else raw_bar[:, t] @ weight
+            bar = raw_bar[mine, t] if weight is None else raw_bar[mine, t] @ weight
         else:
-            bar = bars.base[name][:, t]
-        fed[:, t, start : start + bar.shape[1]] = bar
+            bar = bars.base[name][mine, t]
+        fed[mine, t, start : start + bar.shape[1]] = bar
         start += bar.shape[1]
 
 
