@@ -72,6 +72,7 @@ def test_heads(
     assert alone == [3, 2, 1, 0]
 
 
+@pytest.mark.sanitize
 def test_states_and_factors_are_made_again(
     room: Room, alone: list[int], rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,14 +106,25 @@ def test_iterations_are_those_of_the_room(
     assert found[0][0].max() > 5
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("resident", [1, 2])
-@pytest.mark.parametrize("edges", [(16, 16), (16, 32)])
 def test_factors_in_registers(
-    room: Room, resident: int, edges: tuple[int, int], alone: list[int], rng: Any, monkeypatch: Any
+    room: Room, resident: int, alone: list[int], rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_mamba_kronecker, "_resident", lambda batch: resident)
-    single(room, rng, monkeypatch, d_inner=edges[0] * edges[1])
+    single(room, rng, monkeypatch, d_inner=16 * 16)
     assert len(alone) == 3
+
+
+@pytest.mark.parametrize(
+    ("edges", "normalization"), [((16, 32), "rows"), ((16, 32), "spectral"), ((32, 32), "spectral")]
+)
+def test_larger_factors_in_registers(
+    room: Room, edges: tuple[int, int], normalization: str, alone: list[int], rng: Any, monkeypatch: Any
+) -> None:
+    options = {"d_inner": edges[0] * edges[1], "normalization": normalization, "gate": "inside"}
+    single(room, rng, monkeypatch, steps=2, batch=1, **options)
+    assert len(alone) == 2
 
 
 def test_the_widest(room: Room, alone: list[int], rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +132,7 @@ def test_the_widest(room: Room, alone: list[int], rng: Any, monkeypatch: pytest.
     assert len(alone) == 2
 
 
-def single(
-    room: Room, rng: Any, monkeypatch: Any, *, steps: int = 3, batch: int = 2, **options: Any
-) -> None:
+def single(room: Room, rng: Any, monkeypatch: Any, *, steps: int = 3, batch: int = 2, **options: Any) -> None:
     """In single precision, against the CPU in double: a step's tolerance and rounding, some steps long."""
     told = Solver(rtol=1e-6, on_failure="ignore"), Adjoint(rtol=1e-6, on_failure="ignore")
     layer = layer_of(**{"d_state": 16, "solver": told[0], "adjoint": told[1]} | options)
@@ -147,7 +157,9 @@ def given_alone(
 ) -> Any:
     """A system that lacks its factors and the arguments of them where nothing sees the hidden state."""
     batch, steps = 2, 3
-    system, initial = problem(rng, "kronecker", norm, heads=heads, batch=batch, steps=steps, dim=dim, size=size)
+    system, initial = problem(
+        rng, "kronecker", norm, heads=heads, batch=batch, steps=steps, dim=dim, size=size
+    )
     map = KroneckerMap(
         dim, 3, projection_rank=None, activation="silu", alpha_max=alpha_max, norm_eps=1e-5, weight_norm=True
     )
@@ -163,7 +175,9 @@ def given_alone(
 
 def put_there(room: Room, thing: Any) -> Any:
     """A tuple of arrays with its arrays carried to the room."""
-    if isinstance(thing, tuple) and thing and not isinstance(thing[0], str | tuple) or hasattr(thing, "_fields"):
+    if (isinstance(thing, tuple) and thing and not isinstance(thing[0], str | tuple)) or hasattr(
+        thing, "_fields"
+    ):
         moved = [put_there(room, one) for one in thing]
         return type(thing)(*moved) if hasattr(thing, "_fields") else tuple(moved)
     return room.give(thing) if isinstance(thing, np.ndarray) else thing
@@ -186,7 +200,7 @@ def test_steps_that_go_back_and_forth(
         return now
 
     monkeypatch.setattr(mamba._Swing, "factor", factor)
-    get, options = gpu_room.get, {"rtol": 1e-10, "max_iter": 400}
+    get, options = gpu_room.get, dict[str, Any](rtol=1e-10, max_iter=400)
     right, lacking, given = (put_there(gpu_room, one) for one in (right, lacking, given))
     right, lacking = (one._replace(gate=gpu_room.give(gate), x=gpu_room.give(x)) for one in (right, lacking))
     start, y_bar = gpu_room.give(initial), gpu_room.give(rng.standard_normal(gate.shape))
@@ -223,7 +237,9 @@ def test_every_norm(gpu_room: Room, norm: str | None, heads: int | None, rng: An
 
     arguments = there(given)
     start = give(np.zeros(right.x[:, 0].shape)), give(initial)
-    y, last, told, made = mamba.solve_made(there(lacking), arguments, start, keep=True, rtol=1e-13, max_iter=2000)
+    y, last, told, made = mamba.solve_made(
+        there(lacking), arguments, start, keep=True, rtol=1e-13, max_iter=2000
+    )
     assert (get(told[2]) == 0).all()
     np.testing.assert_allclose(get(y), wanted.value, rtol=0, atol=1e-10)
     np.testing.assert_allclose(get(last), wanted.last_state, rtol=0, atol=1e-10)
@@ -239,7 +255,9 @@ def test_every_norm(gpu_room: Room, norm: str | None, heads: int | None, rng: An
         if other is None:
             assert one is None
         else:
-            np.testing.assert_allclose(get(one), other, rtol=0, atol=1e-9 * (1 + np.abs(other).max()), err_msg=name)
+            np.testing.assert_allclose(
+                get(one), other, rtol=0, atol=1e-9 * (1 + np.abs(other).max()), err_msg=name
+            )
 
 
 def test_factors_are_those_of_the_cpu(gpu_room: Room, rng: Any) -> None:
@@ -290,7 +308,9 @@ def test_threads_in_any_order(simt_device: Any, dim: int, rng: Any, monkeypatch:
     _, lacking, initial, given, *_ = given_alone(rng, "layer", None, dim, 4)
 
     def narrow(thing: Any) -> Any:
-        fields = {n: a.astype(dtype) if hasattr(a, "shape") and a.shape else a for n, a in thing._asdict().items()}
+        fields = {
+            n: a.astype(dtype) if hasattr(a, "shape") and a.shape else a for n, a in thing._asdict().items()
+        }
         return thing._replace(**fields)
 
     system = narrow(lacking)._replace(
