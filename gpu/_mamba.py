@@ -29,6 +29,8 @@ MOST_SHARED_RATES = 128 * 1024
 
 # Activations by the numbers of the kernels.
 ACTS = {None: 0, "identity": 0, "silu": 1, "relu": 2}
+# Threads of a block that makes states again, and numbers of a channel's state that it takes.
+STATE_THREADS, MOST_STATES = 256, 1024
 # Bytes of states that a gradient keeps; beyond that they are made again from every so many.
 KEPT_BYTES = 2**31
 
@@ -70,6 +72,12 @@ class Layout(NamedTuple):
         if name != "mamba_rows":
             macros["RESIDENT"] = self.resident
         return _device.Kernel.of(f"{name}.cu", function or name, macros)
+
+    @property
+    def group(self) -> int:
+        """Channels that the threads of a block have at a time."""
+        vector = min(self.states, 16 // self._real) if self.full else 1
+        return self.threads // min(32, self.states // vector)
 
     @property
     def rates(self) -> int:
@@ -172,8 +180,8 @@ class Arguments(NamedTuple):
         Which do.
     activation : str
     alpha_max, unit_eps : float
-        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``. Kronecker: the scale of the first factor; of the lengths
-        of rows.
+        ``alpha = alpha_max sigmoid(.)``; of the length of ``u``. Kronecker: the scale of the first factor; of the
+        lengths of rows.
     bc_eps : float or None
         Of the lengths of ``b`` and ``c``; None where they are not normalised.
     spectral : bool
@@ -465,12 +473,24 @@ def at(array: Array, t: int) -> Array:
 
 def states(s: System, u: Array, first: int, last: int, state: Array) -> list[Array]:
     """The states before the steps `first` to `last`; `state` is that before the first, and ``u = Q (x - y) + y``."""
-    found = [state]
-    for t in range(first, last - 1):
-        step = (at(a, t) for a in (u, s.delta, s.B, s.C))
-        now, delta, B, C = step
-        found.append(scan.selective_scan(now, delta, s.A, B, C, None, found[-1])[1])
-    return found
+    count, (batch, steps, dim), size = last - first - 1, u.shape, s.B.shape[-1]
+    if count < 1:
+        return [state]
+    of = layout(_shapes.name(u.dtype), 1, False, 0, False, s.A.ndim == 1, dim, size)
+    of = of._replace(threads=STATE_THREADS, channels=1)
+    if of.states > MOST_STATES:
+        found = [state]
+        for t in range(first, last - 1):
+            now, delta, B, C = (at(a, t) for a in (u, s.delta, s.B, s.C))
+            found.append(scan.selective_scan(now, delta, s.A, B, C, None, found[-1])[1])
+        return found
+    after = _shapes.empty_like(u, count, *state.shape)
+    u, A, B, before = _shapes.aligned(u, s.A, s.B, state)
+    sizes = np.int64(batch), np.int64(steps), np.int64(first), np.int64(count), np.int32(dim), np.int32(size)
+    arguments = (u, s.delta, A, B, before, after, *sizes, _heads(s))
+    blocks = batch * -(-dim // of.group)
+    _device.launch(of.kernel("mamba_states"), blocks, STATE_THREADS, arguments)
+    return [state, *after]
 
 
 class Total:
@@ -542,4 +562,9 @@ def representative() -> list[_device.Kernel]:
     layouts = [layout(*shape) for shape in shapes]
     layouts += [layouts[n]._replace(act="silu") for n in (0, -2, -1)]
     layouts.append(layouts[0]._replace(act="relu", gated=True, heads=True))
-    return [one.kernel(name) for one in layouts for name in ("mamba_solve", "mamba_pull")]
+    found = [one.kernel(name) for one in layouts for name in ("mamba_solve", "mamba_pull")]
+    plain = [
+        layout(dtype, 1, False, 0, False, heads, 1024, size)._replace(threads=STATE_THREADS, channels=1)
+        for dtype, heads, size in (("float32", False, 16), ("float32", True, 64), ("float64", False, 5))
+    ]
+    return found + [one.kernel("mamba_states") for one in plain]

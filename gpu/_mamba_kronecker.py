@@ -1,7 +1,7 @@
 """FP-Mamba with a Kronecker mixer that is made on the way: a product of matrices and two kernels a step, each way.
 
-``kernels/mamba_kronecker_make.cu``, ``mamba_kronecker_solve.cu`` and ``mamba_kronecker_pull.cu`` say what is computed; here is
-how it is laid out over the device. The host waits for nothing, so that it can be recorded.
+``kernels/mamba_kronecker_make.cu``, ``mamba_kronecker_solve.cu`` and ``mamba_kronecker_pull.cu`` say what is computed;
+here is how it is laid out over the device. The host waits for nothing, so that it can be recorded.
 """
 
 from functools import lru_cache
@@ -80,9 +80,10 @@ class Kronecker(NamedTuple):
 
     def maker(self, function: str) -> _device.Kernel:
         """A kernel for factors."""
-        idle = {"MODE": 0, "GATED": 0, "HEADS": 0, "CHANNELS": 1, "STATES": 4, "FULL": 0, "RESIDENT": 1}
-        macros = {"RANK": 1, "PRODUCT": 0, "MADE": 1, "THREADS": MAKERS, "ACT": ACTS[self.act], **idle}
-        macros = {**self._macros(), **macros, "SPECTRAL": int(self.spectral)}
+        macros = self._macros()
+        macros.update(RANK=1, PRODUCT=0, MADE=1, ACT=ACTS[self.act], SPECTRAL=int(self.spectral))
+        # of no concern here
+        macros.update(MODE=0, GATED=0, HEADS=0, CHANNELS=1, STATES=4, FULL=0, RESIDENT=1, THREADS=MAKERS)
         return _device.Kernel.of("mamba_kronecker_make.cu", function, macros)
 
     def maker_shared(self, matrices: int, rows: int) -> int:
@@ -92,7 +93,7 @@ class Kronecker(NamedTuple):
 
     def step(self, name: str, resident: int, **more: int) -> _device.Kernel:
         """The kernel of a step of so many blocks on a multiprocessor."""
-        one = self.one
+        one, making = self.one, self.kept and name == "mamba_kronecker_solve"
         macros: dict[str, object] = {
             **self._macros(),
             "RANK": 1,
@@ -105,10 +106,11 @@ class Kronecker(NamedTuple):
             "STATES": one.states,
             "FULL": int(one.full),
             "MADE": 1,
-            "ACT": 0,
+            "ACT": ACTS[self.act] if making else 0,
+            "SPECTRAL": int(self.spectral and making),
             "RESIDENT": resident,
-            **more,
         }
+        macros.update(more)
         return _device.Kernel.of(f"{name}.cu", name, macros)
 
     @property
@@ -124,9 +126,11 @@ class Kronecker(NamedTuple):
     def solve_plan(self, resident: int) -> tuple[int, dict[str, int]]:
         """Bytes of shared memory of a block, and macros."""
         one, (squares, flat), dim = self.one, self._matrices, self.edges[0] * self.edges[1]
-        bytes_ = self.real * (self._small + squares + flat + _up(dim, 4))
+        more = _up(3 * sum(self.edges) + 2, self.piece) if self.kept else 0
+        flat += self.matrix(self.edges[1], self.edges[1]) - self.matrix(self.edges[1], self.edges[0])
+        bytes_ = self.real * (self._small + squares + flat + _up(dim, 4) + more)
         if resident > 1:
-            bytes_ += self.real * 12 * self._tiles * one.threads
+            bytes_ += self.real * 16 * self._tiles * one.threads
         each = one.channels * one.states
         held, room = self.real * each * one.threads, SHARED_EACH // resident - SHARED_MORE
         registers = self.kept and resident == 1 and each <= 64
@@ -197,8 +201,8 @@ def makes(s: System, activation: str) -> bool:
 
 
 class Made(NamedTuple):
-    """What a solve leaves for the way back: arguments of the mixers, norms of those of B and C, and states; and what mixed
-    the channels where states will be made again."""
+    """What a solve leaves for the way back: arguments of the mixers, norms of those of B and C, and states; and ``u``
+    where states will be made again."""
 
     system: System
     arguments: Array | None
@@ -219,7 +223,7 @@ class _Makers:
     def __init__(self, of: Kronecker, given: Arguments, batch: int, steps: int) -> None:
         self._of, self._batch, self._steps = of, batch, np.int64(steps)
         start = np.float64(1.0 / np.sqrt(of.edges[0] * of.edges[1]))
-        self._numbers = start, np.float64(given.unit_eps), np.float64(given.alpha_max)
+        self.numbers = start, np.float64(given.unit_eps), np.float64(given.alpha_max)
 
     def launches(
         self,
@@ -234,7 +238,7 @@ class _Makers:
         width = 0 if fed is None else fed.shape[1]
         places = np.int32(width), np.int32(mixer.shape[2]), np.int32(at)
         sizes = np.int64(self._batch), self._steps, np.int64(0)
-        given = (mixer, fed, *sizes, *places, *self._numbers, arguments, *out)
+        given = (mixer, fed, *sizes, *places, *self.numbers, arguments, *out)
         kernel, shared = self._of.maker("mamba_kronecker_make"), self._of.maker_shared(2, STEPS + 5)
         return _device.Repeated(kernel, 2 * count * self._batch, MAKERS, given, shared=shared)
 
@@ -251,7 +255,7 @@ def solve_made(
     damping: float,
 ) -> tuple[Array, Array, Array, Array, Array, Made]:
     """As of `fpnumba.gpu._mamba`; of the parameters of `s` only the edges are looked at."""
-    xp, (batch, steps, dim), s = _device.xp(), s.x.shape, s._replace(A=_shapes.aligned(s.A)[0])
+    xp, (batch, steps), s = _device.xp(), s.x.shape[:2], s._replace(A=_shapes.aligned(s.A)[0])
     of, y = _layout(s, given.spectral, given.activation), _shapes.empty_like(s.x)
     state, size = _shapes.aligned(initial[1])[0], s.B.shape[-1]
     span = max(1, -(-steps * state.nbytes // _mamba.KEPT_BYTES)) if keep else max(steps, 1)
@@ -267,10 +271,10 @@ def solve_made(
     )
     fed = None if given.stacked is None else xp.empty((batch, len(given.stacked)), y.dtype)
     width, _, at_mixer, at_b, at_c = given.places
-    factors = xp.empty((batch, of.factors), y.dtype)
-    make = _Makers(of, given, batch, steps).launches(
-        given.mixer, fed, int(at_mixer), 1, arguments, factors, None
-    )
+    factors = None if of.kept else xp.empty((batch, of.factors), y.dtype)
+    makers, make = _Makers(of, given, batch, steps), None
+    if factors is not None:
+        make = makers.launches(given.mixer, fed, int(at_mixer), 1, arguments, factors, None)
     weight, bias, eps = norm_of(s)
     heads = np.int32(s.A.shape[0] if of.one.heads else 1)
     resident = _resident(batch)
@@ -285,6 +289,7 @@ def solve_made(
             *(np.int64(steps), np.int64(0), np.int32(size), heads, eps, np.float64(rtol), np.float64(atol)),
             *(np.int64(max_iter), np.float64(damping), iterations, residual, met, given.b, given.c, fed),
             *(width, at_b, at_c, given.numbers[2], norms),
+            *(given.mixer, np.int32(given.mixer.shape[2]), at_mixer, *makers.numbers, arguments),
         ),
         shared=shared,
     )
@@ -299,7 +304,8 @@ def solve_made(
             _device.product(before, given.stacked, fed, transposed=(False, True), precision=precision())
             if given.step_argument is not None:
                 given.steps.delta(given.step_argument[:, t] + fed[:, given.at_steps], s.delta[:, t])
-        make(_4=np.int64(t))
+        if make is not None:
+            make(_4=np.int64(t))
         step(_10=state, _11=now, _15=np.int64(t))
         state, before = now, y[:, t]
     made = Made(s, arguments, norms, kept, span, mixed)

@@ -2,9 +2,9 @@
 `fpnumba.reference.mamba`.
 
 Arrays are CuPy's, C-contiguous, all float32 or all float64. With a mixer of low rank a step is one kernel each way,
-`fpnumba.gpu._mamba`, and with a Kronecker mixer that is made on the way two, `fpnumba.gpu._mamba_kronecker`; with any other,
-kernels of the room's scan and mixers are put together here, and an iteration goes on until no sequence moves, which the host
-learns two iterations late, so that the device does not wait for it.
+`fpnumba.gpu._mamba`, and with a Kronecker mixer that is made on the way two, `fpnumba.gpu._mamba_kronecker`; with any
+other, kernels of the room's scan and mixers are put together here, and an iteration goes on until no sequence moves,
+which the host learns two iterations late, so that the device does not wait for it.
 """
 
 from typing import Any
@@ -180,7 +180,7 @@ def _solve_step(
 def makes(system: System, activation: str) -> bool:
     """Whether `solve_made` serves a system whose mixers are made from arguments with this activation."""
     module = _mamba_kronecker if system.kind == "kronecker" else _mamba
-    return module.makes(system, activation)
+    return bool(module.makes(system, activation))
 
 
 def solve_made(

@@ -50,6 +50,31 @@ def test_a_layer(gradient: str, precision: str, rng: Any) -> None:
         np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.parametrize("d_inner", [24, 256])
+def test_a_layer_with_a_kronecker_mixer(d_inner: int, rng: Any) -> None:
+    import cupy
+
+    told = Solver(**QUIET), Adjoint(**QUIET)
+    layer = nn.FPMamba(
+        12, d_inner=d_inner, d_state=8, mixer="kronecker", alpha_max=0.8, solver=told[0], adjoint=told[1]
+    )
+    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
+    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
+
+    def both() -> Any:
+        y, pullback = layer.vjp(params, x)
+        return y, *pullback(y)
+
+    again = gpu.capture(both)
+    x[...] = cupy.asarray(rng.standard_normal(x.shape).astype(np.float32))
+    found = again()
+    y, grads, x_bar = both()
+    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=1e-4)
+    for name, value in grads.items():
+        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
+
+
 def test_what_waits_is_refused() -> None:
     import cupy
 

@@ -5,10 +5,14 @@
 // (tensor.cuh), or in double 8 x 16 by 2 x 2 a lane. Rows are an odd number of 16-byte pieces long, so that lanes that read
 // neighbouring rows at once do so from different banks. Around a matrix there are zeros.
 //
-// Macros: those of mamba.cuh, and EDGE1, EDGE2.
+// Macros: those of mamba.cuh, and EDGE1, EDGE2; SPECTRAL 0 or 1 where factors are made.
 #pragma once
 #include "mamba.cuh"
 #include "tensor.cuh"
+
+#ifndef SPECTRAL
+#define SPECTRAL 0
+#endif
 
 constexpr int PIECE = 16 / (int)sizeof(real);
 typedef Pack<real, PIECE> piece_of_row;
@@ -127,6 +131,104 @@ __device__ __forceinline__ void whole_product(const real* a, int as, const real*
 #pragma unroll
     for (int r = 0; r < 4; ++r) done(at.row(r), at.column(r), c[r]);
   }
+}
+
+// --- factors ------------------------------------------------------------------------------------------------------
+
+// Of the power iteration.
+constexpr int STEPS = 16;
+constexpr real SHORTEST = (real)1e-12;
+// Entries of both triangles, after which both diagonals stand.
+constexpr int ENTRIES = triangle(EDGE1) + triangle(EDGE2), OUTPUTS = ENTRIES + EDGE1 + EDGE2;
+
+// An upper triangle, and a diagonal between 0 and 1, from arguments.
+template <int EDGE, class Argument>
+__device__ __forceinline__ void fill(real* upper, real* open, Argument argument, int at_entries, int at_diagonal) {
+  constexpr int S = pitch(EDGE);
+  for (int at = threadIdx.x; at < matrix(EDGE, EDGE); at += THREADS) {
+    const int i = at / S, k = at % S;
+    upper[at] = i < EDGE && k < EDGE && k >= i ? activate(argument(at_entries + i * EDGE - i * (i - 1) / 2 + k - i)) : (real)0;
+  }
+  for (int i = threadIdx.x; i < EDGE; i += THREADS) open[i] = sigmoid(argument(at_diagonal + i));
+}
+
+// What a matrix with rows of unit length is divided by, by a warp: 1, or with SPECTRAL what power iterations find. It hands out
+// the rows' norms, `norm(i, norm, inverse)`, which where rows are long has to scale them in memory; the vectors, `vector(l, i, v)`,
+// the last being r x_16; and the lengths of r x_l. `turns` has two vectors, zero beyond EDGE.
+template <int EDGE, class Norm, class Vector, class Length>
+__device__ __forceinline__ real strongest(const real* r, real* turns, real start, real eps, Norm norm, Vector vector, Length length_of) {
+  constexpr int S = pitch(EDGE), ROWS = (EDGE + 31) / 32, LONG = up(EDGE, PIECE);
+  constexpr bool HELD = EDGE <= 32;
+  const int lane = threadIdx.x % 32;
+  real row[HELD ? LONG : 1];
+#pragma unroll
+  for (int o = 0; o < ROWS; ++o) {
+    const int i = lane + 32 * o;
+    if (i < EDGE) {
+      real total = 0;
+#pragma unroll
+      for (int k = 0; k < LONG; k += PIECE) {
+        const piece_of_row some = *(const piece_of_row*)(r + i * S + k);
+#pragma unroll
+        for (int e = 0; e < PIECE; ++e) {
+          if constexpr (HELD) row[k + e] = some.v[e];
+          total += some.v[e] * some.v[e];
+        }
+      }
+      const real own = sqrt(total), inverse = 1 / larger(own, eps);
+      norm(i, own, inverse);
+      if constexpr (HELD)
+#pragma unroll
+        for (int k = 0; k < LONG; ++k) row[k] *= inverse;
+      turns[i] = start;
+      vector(0, i, start);
+    }
+  }
+  __syncwarp();
+  if constexpr (!SPECTRAL) return 1;
+  // `turns` has w_l = r x_{l-1}, whose length is not yet taken out; every lane finds it by itself
+  real sigma = 0, fifteenth[ROWS] = {};
+  for (int l = 0; l <= STEPS; ++l) {
+    const real* from = turns + l % 2 * LONG;
+    real* to = turns + (l + 1) % 2 * LONG;
+    real squares = 0, sum[ROWS] = {};
+#pragma unroll 8
+    for (int k = 0; k < LONG; k += PIECE) {
+      const piece_of_row some = *(const piece_of_row*)(from + k);
+#pragma unroll
+      for (int e = 0; e < PIECE; ++e) squares += some.v[e] * some.v[e];
+      if constexpr (HELD) {
+#pragma unroll
+        for (int e = 0; e < PIECE; ++e) sum[0] += row[k + e] * some.v[e];
+      } else {
+#pragma unroll
+        for (int o = 0; o < ROWS; ++o)
+          if (lane + 32 * o < EDGE) {
+            const piece_of_row its = *(const piece_of_row*)(r + (lane + 32 * o) * S + k);
+#pragma unroll
+            for (int e = 0; e < PIECE; ++e) sum[o] += its.v[e] * some.v[e];
+          }
+      }
+    }
+    const real length = sqrt(squares), inverse = l == 0 ? (real)1 : 1 / larger(length, SHORTEST);
+    if (l > 0 && lane == 0) length_of(l - 1, length);
+#pragma unroll
+    for (int o = 0; o < ROWS; ++o) {
+      const int i = lane + 32 * o;
+      if (i < EDGE) {
+        const real x = from[i] * inverse, next = sum[o] * inverse;
+        if (l > 0) vector(l, i, x);
+        if (l == STEPS - 1) fifteenth[o] = x;
+        if (l == STEPS) {
+          vector(STEPS + 1, i, next);
+          sigma += fifteenth[o] * next;
+        }
+        to[i] = next;
+      }
+    }
+    __syncwarp();
+  }
+  return warp_total(sigma) + eps;
 }
 
 // --- the kernels that have a block for a sequence: THREADS of EDGE1 x EDGE2 channels ---------------------------------

@@ -8,11 +8,9 @@
 //     r (EDGE, EDGE);  its rows' norms (EDGE);  x_0 to x_16, then r x_16 (18, EDGE);  r^T x_1 to r^T x_16 (16, EDGE);
 //     the lengths of r x_0 to r x_15 (16);  the divisor
 //
-// Macros, beside those of mamba_kronecker.cuh: SPECTRAL 0 or 1. THREADS is that of a factor.
+// THREADS is that of a factor.
 #include "mamba_kronecker.cuh"
 
-constexpr int STEPS = 16;
-constexpr real SHORTEST = (real)1e-12;
 // Where the parts of a trail begin, and how long it is.
 __device__ constexpr int trail_norms(int edge) { return edge * edge; }
 __device__ constexpr int trail_vectors(int edge) { return trail_norms(edge) + edge; }
@@ -20,8 +18,6 @@ __device__ constexpr int trail_turned(int edge) { return trail_vectors(edge) + (
 __device__ constexpr int trail_lengths(int edge) { return trail_turned(edge) + STEPS * edge; }
 __device__ constexpr int trail_size(int edge) { return trail_lengths(edge) + STEPS + 1; }
 constexpr int TRAIL = trail_size(EDGE1) + trail_size(EDGE2);
-// Entries of both triangles, after which both diagonals stand.
-constexpr int ENTRIES = triangle(EDGE1) + triangle(EDGE2), OUTPUTS = ENTRIES + EDGE1 + EDGE2;
 
 // The sum over the four threads of a row.
 __device__ __forceinline__ real quarters_total(real v) {
@@ -32,98 +28,32 @@ __device__ __forceinline__ real quarters_total(real v) {
 template <int EDGE, bool FLIP, class Argument>
 __device__ __forceinline__ void make(real* memory, Argument argument, int at_entries, int at_diagonal, real start, real eps,
                                      real scale, store* k_out, store* trail) {
-  constexpr int S = pitch(EDGE), ROWS = (EDGE + 31) / 32, LONG = up(EDGE, PIECE);
-  constexpr bool HELD = EDGE <= 32;
+  constexpr int S = pitch(EDGE), LONG = up(EDGE, PIECE);
   real *upper = memory, *r = upper + matrix(EDGE, EDGE), *vectors = r + matrix(EDGE, EDGE);  // STEPS + 2 of LONG, then two to take turns
   real *turns = vectors + (STEPS + 2) * LONG, *open = turns + 2 * LONG, *told = open + LONG;
-  for (int at = threadIdx.x; at < matrix(EDGE, EDGE); at += THREADS) {
-    const int i = at / S, k = at % S;
-    upper[at] = i < EDGE && k < EDGE && k >= i ? activate(argument(at_entries + i * EDGE - i * (i - 1) / 2 + k - i)) : (real)0;
-  }
-  for (int i = threadIdx.x; i < EDGE; i += THREADS) open[i] = sigmoid(argument(at_diagonal + i));
+  fill<EDGE>(upper, open, argument, at_entries, at_diagonal);
   for (int i = threadIdx.x; i < LONG; i += THREADS) turns[i] = turns[LONG + i] = 0;
   __syncthreads();
-  whole_product<EDGE, EDGE, EDGE, THREADS / 32>(upper, S, upper, S, [&](int i, int j, real c) { r[i * S + j] = c; });
+  whole_product<EDGE, EDGE, EDGE, WARPS>(upper, S, upper, S, [&](int i, int j, real c) { r[i * S + j] = c; });
   __syncthreads();
   if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    real row[HELD ? LONG : 1];
+    const real divisor = strongest<EDGE>(
+        r, turns, start, eps,
+        [&](int i, real norm, real inverse) {
+          if (trail) trail[trail_norms(EDGE) + i] = narrow(norm);
 #pragma unroll
-    for (int o = 0; o < ROWS; ++o) {
-      const int i = lane + 32 * o;
-      if (i < EDGE) {
-        real total = 0;
+          for (int k = 0; k < LONG; k += PIECE) {
+            piece_of_row some = *(const piece_of_row*)(r + i * S + k);
 #pragma unroll
-        for (int k = 0; k < LONG; k += PIECE) {
-          const piece_of_row some = *(const piece_of_row*)(r + i * S + k);
-#pragma unroll
-          for (int e = 0; e < PIECE; ++e) {
-            if constexpr (HELD) row[k + e] = some.v[e];
-            total += some.v[e] * some.v[e];
+            for (int e = 0; e < PIECE; ++e) some.v[e] *= inverse;
+            *(piece_of_row*)(r + i * S + k) = some;
           }
-        }
-        const real own = sqrt(total), inverse = 1 / larger(own, eps);
-        if (trail) trail[trail_norms(EDGE) + i] = narrow(own);
-#pragma unroll
-        for (int k = 0; k < LONG; k += PIECE) {
-          piece_of_row some = *(const piece_of_row*)(r + i * S + k);
-#pragma unroll
-          for (int e = 0; e < PIECE; ++e) {
-            some.v[e] *= inverse;
-            if constexpr (HELD) row[k + e] = some.v[e];
-          }
-          *(piece_of_row*)(r + i * S + k) = some;
-        }
-        turns[i] = start;
-        vectors[i] = start;
-      }
-    }
-    __syncwarp();
-    real divisor = 1;
-    if constexpr (SPECTRAL) {
-      // `turns` has w_l = r x_{l-1}, whose length is not yet taken out; x_0 has none to be taken out
-      real sigma = 0;
-      for (int l = 0; l <= STEPS; ++l) {
-        const real* from = turns + l % 2 * LONG;
-        real* to = turns + (l + 1) % 2 * LONG;
-        real squares = 0, sum[ROWS] = {};
-#pragma unroll 8
-        for (int k = 0; k < LONG; k += PIECE) {
-          const piece_of_row some = *(const piece_of_row*)(from + k);
-#pragma unroll
-          for (int e = 0; e < PIECE; ++e) squares += some.v[e] * some.v[e];
-          if constexpr (HELD) {
-#pragma unroll
-            for (int e = 0; e < PIECE; ++e) sum[0] += row[k + e] * some.v[e];
-          } else {
-#pragma unroll
-            for (int o = 0; o < ROWS; ++o)
-              if (lane + 32 * o < EDGE) {
-                const piece_of_row its = *(const piece_of_row*)(r + (lane + 32 * o) * S + k);
-#pragma unroll
-                for (int e = 0; e < PIECE; ++e) sum[o] += its.v[e] * some.v[e];
-              }
-          }
-        }
-        const real length = sqrt(squares), inverse = l == 0 ? (real)1 : 1 / larger(length, SHORTEST);
-        if (l > 0 && trail && lane == 0) trail[trail_lengths(EDGE) + l - 1] = narrow(length);
-#pragma unroll
-        for (int o = 0; o < ROWS; ++o) {
-          const int i = lane + 32 * o;
-          if (i < EDGE) {
-            if (l > 0) vectors[l * LONG + i] = from[i] * inverse;
-            to[i] = sum[o] * inverse;
-            if (l == STEPS) {
-              vectors[(STEPS + 1) * LONG + i] = to[i];
-              sigma += vectors[(STEPS - 1) * LONG + i] * to[i];
-            }
-          }
-        }
-        __syncwarp();
-      }
-      divisor = warp_total(sigma) + eps;
-    }
-    if (lane == 0) told[0] = divisor;
+        },
+        [&](int l, int i, real v) { vectors[l * LONG + i] = v; },
+        [&](int l, real length) {
+          if (trail) trail[trail_lengths(EDGE) + l] = narrow(length);
+        });
+    if (threadIdx.x == 0) told[0] = divisor;
   }
   __syncthreads();
   const real whole = scale / told[0];
@@ -314,7 +244,7 @@ __device__ __forceinline__ void back(real* memory, const store* arguments, int a
     r[i * S + j] = bar[i * S + j] + bar[j * S + i];
   }
   __syncthreads();
-  whole_product<EDGE, EDGE, EDGE, THREADS / 32>(r, S, across, S, [&](int i, int k, real c) {
+  whole_product<EDGE, EDGE, EDGE, WARPS>(r, S, across, S, [&](int i, int k, real c) {
     if (k < EDGE && k >= i) {
       const int at = at_entries + i * EDGE - i * (i - 1) / 2 + k - i;
       put(at, activate_slope(widen(arguments[at])) * c);
