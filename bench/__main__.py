@@ -52,7 +52,10 @@ def _gpu(options: argparse.Namespace, report: Callable[[Row], None], rows: list[
     """Run the GPU's cases and print their table."""
     from bench import gpu
 
-    record = gpu.run(quick=options.quick, peers=not options.no_peers, report=report)
+    if options.layers:
+        record = gpu.layers(quick=options.quick, report=report)
+    else:
+        record = gpu.run(quick=options.quick, peers=not options.no_peers, report=report)
     record["machine"] = machine()
     copies, rate = record["copy_bytes_per_second"], record["float32_operations_per_second"]
     print(f"{record['device']}, float32 unless said")
@@ -69,9 +72,14 @@ def main() -> int:
         "--backend", choices=["cpu", "gpu"], default="cpu", help="room to measure (default: cpu)"
     )
     parser.add_argument("--quick", action="store_true", help="smaller shapes: a minute, not for quoting")
+    parser.add_argument(
+        "--layers", action="store_true", help="layers and training on a GPU, and nothing else"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out JAX and torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole record there as well")
     options = parser.parse_args()
+    if options.layers and options.backend != "gpu":
+        parser.error("--layers is of --backend gpu; the CPU's record has its layers")
 
     rows: list[Row] = []
 

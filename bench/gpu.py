@@ -366,6 +366,26 @@ def _layer_case(
     bench.add(f"FPMamba {width}, {mixer}, {way}, {gradient}", (*shape, width), recorded, None, note=told)
 
 
+def _memory(bench: Bench, shape: tuple[int, int], width: int) -> None:
+    """The most memory that a training step holds, for few iterations and for many."""
+    import cupy
+
+    from fpnumba import nn
+
+    x = cupy.asarray(np.random.default_rng(1).standard_normal((*shape, width)).astype(np.float32))
+    for count in (4, 64):
+        solver = fp.Solver("parallel", rtol=1e-30, max_iter=count, **QUIET)
+        layer = nn.FPMamba(width, solver=solver, adjoint=fp.Adjoint("one-step"))
+        params = {n: cupy.asarray(v) for n, v in layer.init(np.random.default_rng(0)).items()}
+        clean()
+        y, pullback = layer.vjp(params, x)
+        pullback(y)
+        cupy.cuda.Device().synchronize()
+        bench.facts[f"bytes held at most, {count} iterations"] = cupy.get_default_memory_pool().total_bytes()
+        del y, pullback
+        clean()
+
+
 def _update_case(bench: Bench, width: int, mixer: str, precision: str) -> None:
     """An update of ``fpnumba train a5 --preset gpu`` at its full length: data, network, gradient, clipping, AdamW."""
     from fpnumba import tasks
@@ -443,16 +463,29 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
     _solve_case(bench, "fixed_point_rnn, Monarch 64", p, chunked, per_iteration=per)
     del p
     clean()
-    for shape_, mixer, way, gradient in LAYERS:
-        if not quick or shape_ == LAYERS[0][0]:
-            _layer_case(bench, (8, 17) if quick else shape_, mixer, way, gradient, 64 if quick else 512)
-            clean()
-    for width, kind, precision in UPDATES:
-        if not quick:
-            _update_case(bench, width, kind, precision)
-            clean()
     if peers:
         _peers(bench, wide, values[wide], solver)
+    return _record(bench)
+
+
+def layers(*, quick: bool, report: Callable[[Row], None]) -> dict[str, Any]:
+    """The same of layers and of updates of a network, which have a record of their own."""
+    bench = Bench(report)
+    for shape, mixer, way, gradient in LAYERS:
+        if not quick or shape == LAYERS[0][0]:
+            _layer_case(bench, (8, 17) if quick else shape, mixer, way, gradient, 64 if quick else 512)
+            clean()
+    _memory(bench, (8, 17) if quick else LAYERS[0][0], 64 if quick else 512)
+    for width, mixer, precision in UPDATES:
+        if not quick:
+            _update_case(bench, width, mixer, precision)
+            clean()
+    return _record(bench)
+
+
+def _record(bench: Bench) -> dict[str, Any]:
+    import cupy
+
     return {
         "device": cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode(),
         "driver": cupy.cuda.runtime.driverGetVersion(),
