@@ -130,7 +130,7 @@ class Kronecker(NamedTuple):
         flat += self.matrix(self.edges[1], self.edges[1]) - self.matrix(self.edges[1], self.edges[0])
         bytes_ = self.real * (self._small + squares + flat + _up(dim, 4) + more)
         if resident > 1:
-            bytes_ += self.real * 16 * self._tiles * one.threads
+            bytes_ += self.real * 20 * self._tiles * one.threads
         each = one.channels * one.states
         held, room = self.real * each * one.threads, SHARED_EACH // resident - SHARED_MORE
         registers = self.kept and resident == 1 and each <= 64
@@ -212,9 +212,9 @@ class Made(NamedTuple):
     mixed: Array | None
 
 
-def _resident(batch: int) -> int:
+def _resident(of: Kronecker, batch: int) -> int:
     """Blocks that a multiprocessor shall hold."""
-    return 2 if batch > _device.multiprocessors() else 1
+    return 2 if of.kept and batch > _device.multiprocessors() else 1
 
 
 class _Makers:
@@ -277,7 +277,7 @@ def solve_made(
         make = makers.launches(given.mixer, fed, int(at_mixer), 1, arguments, factors, None)
     weight, bias, eps = norm_of(s)
     heads = np.int32(s.A.shape[0] if of.one.heads else 1)
-    resident = _resident(batch)
+    resident = _resident(of, batch)
     shared, plan = of.solve_plan(resident)
     now = _shapes.empty_like(state)
     step = _device.Repeated(
@@ -325,7 +325,7 @@ class _Back(_mamba._Back):
         options: tuple[float, int],
         out: tuple[Any, ...],
     ) -> None:
-        s, (batch, steps, _), resident = made.system, y.shape, _resident(len(y))
+        s, (batch, steps, _), resident = made.system, y.shape, _resident(of, len(y))
         super().__init__(s, of.one._replace(resident=resident), batch, steps)
         shared, plan = of.pull_plan(resident)
         kernel, (rtol, max_iter) = of.step("mamba_kronecker_pull", resident, **plan), options

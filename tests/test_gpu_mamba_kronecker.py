@@ -86,7 +86,7 @@ def test_states_and_factors_are_made_again(
 def test_iterations_are_those_of_the_room(
     room: Room, options: dict[str, Any], rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Damped, and where steps go back and forth: the same counts as put together of single kernels."""
+    """Or fewer, near the end: those of what is put together of single kernels, which end at the same point."""
     solver = Solver(rtol=1e-10, damping=options.pop("damping", 1.0), on_failure="ignore", max_iter=300)
     layer = layer_of(**options, solver=solver)
     params = put(room, layer.init(rng, np.float64))
@@ -101,10 +101,10 @@ def test_iterations_are_those_of_the_room(
         found.append(
             [room.get(a) for a in (told.iterations, told.converged, y, told.residual, pullback(y)[1])]
         )
-    assert np.abs(found[0][0] - found[1][0]).max() <= 1
-    assert found[0][0].max() > 5
+    assert (found[0][0] <= found[1][0] + 1).all()
+    assert found[0][0].min() > 5
     for one, other in zip(found[0][1:], found[1][1:], strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-8)
 
 
 @pytest.mark.sanitize
@@ -112,7 +112,7 @@ def test_iterations_are_those_of_the_room(
 def test_factors_in_registers(
     room: Room, resident: int, alone: list[int], rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_mamba_kronecker, "_resident", lambda batch: resident)
+    monkeypatch.setattr(_mamba_kronecker, "_resident", lambda of, batch: resident)
     single(room, rng, monkeypatch, d_inner=16 * 16)
     assert len(alone) == 3
 
@@ -188,7 +188,7 @@ def put_there(room: Room, thing: Any) -> Any:
 def test_steps_that_go_back_and_forth(
     gpu_room: Room, dim: int, rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are damped, as where the room's single kernels are put together: the same iterations, both ways."""
+    """They are damped, as where the room's single kernels are put together, and end at the same point, both ways."""
     right, lacking, initial, given, map, kept = given_alone(rng, "layer", None, dim, 3, alpha_max=5.0)
     gate, x = -np.abs(right.gate) - 0.5, 0.1 * right.x
     halved: list[bool] = []
@@ -209,7 +209,7 @@ def test_steps_that_go_back_and_forth(
     assert any(halved)
     nothing = gpu_room.give(np.zeros(gate[:, 0].shape))
     y, last, told, made = mamba.solve_made(lacking, given, (nothing, start), keep=True, **options)
-    assert np.abs(get(told[0]) - get(wanted.iterations)).max() <= 2
+    assert (get(told[0]) <= get(wanted.iterations) + 2).all()
     assert get(told[2]).tolist() == get(wanted.status).tolist() == [0, 0]
     np.testing.assert_allclose(get(y), get(wanted.value), rtol=0, atol=1e-8)
     np.testing.assert_allclose(get(last), get(wanted.last_state), rtol=0, atol=1e-8)
@@ -323,7 +323,7 @@ def test_threads_in_any_order(simt_device: Any, dim: int, rng: Any, monkeypatch:
     y_bar, results = rng.standard_normal(system.x.shape).astype(dtype), []
     for seed in range(3):
         simt_device.seed, simt_device.races = seed, seed < 2
-        monkeypatch.setattr(_mamba_kronecker, "_resident", lambda batch, seed=seed: 2 if seed else 1)
+        monkeypatch.setattr(_mamba_kronecker, "_resident", lambda of, batch, seed=seed: 2 if seed else 1)
         y, last, _, made = mamba.solve_made(system, given, start, keep=True, rtol=1e-6)
         bars, fed_bar, _ = mamba.pull_made(made, given, y, y_bar, None, rtol=1e-6)
         results.append([y, last, bars.params, bars.x, bars.delta, bars.A, bars.skip, fed_bar])

@@ -382,9 +382,30 @@ __device__ __forceinline__ void most_total(const real* room, real& a, real& b) {
 
 // An iteration that goes back and forth, so many times without getting closer, is damped by half.
 constexpr int PATIENCE = 4;
+// Where changes have become smaller by the same factor twice, one direction is left, whose geometric series is known: the rest of it
+// is gone at once, forwards if that is less than NEAR of the size, for there may be other solutions. Then other directions show.
+constexpr real NEAR = (real)1e-3, ALIKE = (real)0.05, SLOWEST = (real)0.98;  // above it `look` uses the room
 struct Swing {
-  real factor, before = LARGEST;
+  real factor, before = LARGEST, ratio = 0;
   int swings = 0;
+
+  // How much further than the last change, zero mostly. To be asked after `look` of a change that was the whole of `moved`;
+  // `inner()` is a thread's part of its inner product with the change before, `square()` that of the latter with itself.
+  template <class Inner, class Square>
+  __device__ __forceinline__ real further(real moved, real last, real most_far, Inner inner, Square square, real* room) {
+    const real now = moved / last, then = ratio;
+    ratio = now;
+    if (!(now < SLOWEST && now > (real)0.3 && magnitude(now - then) <= ALIKE * now && moved * now <= most_far * (1 - now))) return 0;
+    real a, b;
+    pair_part(inner(), square(), room);
+    __syncthreads();
+    pair_total(room, a, b);
+    const real rate = a / b;
+    if (!(magnitude(magnitude(rate) - now) <= 2 * ALIKE * now)) return 0;
+    before = LARGEST;
+    ratio = 0;
+    return rate / (1 - rate);
+  }
 
   // After an iteration whose largest change was `moved`; `inner()` is a thread's part of its inner product with the change before,
   // and `room` is for sums.

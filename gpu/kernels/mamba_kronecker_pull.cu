@@ -225,14 +225,26 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         const real taken = swing.factor;
         fine = moved <= larger((real)rtol, 8 * EPS) * top;
         if (fine || count >= max_iter || !is_finite(moved)) break;
+        const real last_moved = swing.before;
         swing.look(moved, [&] {
           real back = 0;
           own([&](int c, int i, int j) { back += change[c] * past(c, i, j); });
           return back;
         }, swinging);
+        real further = swing.factor - taken;
+        if (further == 0)
+          further = taken * swing.further(moved, last_moved, LARGEST, [&] {
+            real back = 0;
+            own([&](int c, int i, int j) { back += change[c] * past(c, i, j); });
+            return back;
+          }, [&] {
+            real square = 0;
+            own([&](int c, int i, int j) { square += past(c, i, j) * past(c, i, j); });
+            return square;
+          }, swinging);
         own([&](int c, int i, int j) { past(c, i, j) = change[c]; });
-        if (swing.factor != taken) {  // not so far; behind a barrier of its own
-          own([&](int c, int, int) { z[c] += (swing.factor - taken) * change[c]; });
+        if (further != 0) {  // or not so far; behind a barrier of its own
+          own([&](int c, int, int) { z[c] += further * change[c]; });
           continue;
         }
       }

@@ -16,7 +16,7 @@
 // mixed (B, T, D), u, or null; the rest as in mamba_solve.cu, at the step `t` alone: B and C are written,
 // norms (B, T, 2) of their arguments too unless null.
 // Shared memory: 2 STATES; three rooms of two a warp; the factors, X - Y and what is between; one a channel; KEPT three an
-// edge; PARKED four a channel
+// edge; PARKED five a channel
 // of the threads; with HOLD 2 the state.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 mamba_kronecker_solve(const store* factors, const store* x, const store* delta, const store* A, store* B, store* C,
@@ -31,7 +31,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   real *k1 = rowB + up(2 * STATES + 6 * WARPS, PIECE), *k2 = k1 + matrix(EDGE1, EDGE1), *gap = k2 + matrix(EDGE2, EDGE2);
   real *between = gap + matrix(EDGE1, EDGE2), *exchange = between + matrix(EDGE2, EDGE2);  // there may be a triangle
   real *making = exchange + up(D, PIECE), *parked = making + (KEPT ? up(3 * (EDGE1 + EDGE2) + 2, PIECE) : 0);
-  real* meanwhile = parked + (PARKED ? 4 * OWNED * THREADS : 0);
+  real* meanwhile = parked + (PARKED ? 5 * OWNED * THREADS : 0);
   const i64 b = blockIdx.x, row = b * steps + t;
   const Inputs in = {nullptr, x + row * D, delta + row * (HEADS ? heads : D), A, GATED ? gate + row * D : nullptr, D, size, heads};
 
@@ -158,7 +158,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     factor.take(k1, k2);
   }
 
-  real own_p[PARKED ? 1 : OWNED] = {}, gw[OWNED] = {}, y[OWNED] = {}, change[OWNED] = {};
+  real own_p[PARKED ? 1 : OWNED] = {}, own_gw[PARKED ? 1 : OWNED] = {}, y[OWNED] = {}, change[OWNED] = {};
   real past[OWNED] = {}, own_weight[PARKED ? 1 : OWNED] = {}, own_shift[PARKED ? 1 : OWNED] = {};
   auto wt = [&](int c) -> real& {
     if constexpr (PARKED)
@@ -173,6 +173,12 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       return own_shift[c];
   };
   real product[OWNED] = {};
+  auto gw = [&](int c) -> real& {
+    if constexpr (PARKED)
+      return parked[(4 * OWNED + c) * THREADS + threadIdx.x];
+    else
+      return own_gw[c];
+  };
   auto p = [&](int c) -> real& {
     if constexpr (PARKED)
       return parked[(3 * OWNED + c) * THREADS + threadIdx.x];
@@ -182,7 +188,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
   own([&](int c, int i, int j) {
     const int d = i * EDGE2 + j;
     const real w = in.step(d) * bc + widen(skip[d]), g = in.opening(d);
-    gw[c] = g * w;
+    gw(c) = g * w;
     p(c) = g * (exchange[d] + w * xs(c));
     wt(c) = widen(weight[d]);
     shift(c) = bias ? widen(bias[d]) : (real)0;
@@ -204,17 +210,31 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       left = moved;
       largest = top;
       const bool stop = fine || count >= max_iter || !is_finite(moved);
-      if (!fine)
+      const real last_moved = swing.before;
+      real jump = 0;
+      if (!stop) {
         swing.look(moved, [&] {
           real back = 0;
           own([&](int c, int, int) { back += change[c] * past[c]; });
           return back;
         }, swinging);
-      own([&](int c, int, int) { past[c] = change[c]; });
+        if (swing.factor == taken)
+          jump = swing.further(moved, last_moved, NEAR * top, [&] {
+            real back = 0;
+            own([&](int c, int, int) { back += change[c] * past[c]; });
+            return back;
+          }, [&] {
+            real square = 0;
+            own([&](int c, int, int) { square += past[c] * past[c]; });
+            return square;
+          }, swinging);
+      }
       const real wanted = fine ? (real)1 : swing.factor;
-      if (wanted != taken) {  // further than it went, or not so far
+      const real further = wanted - taken + taken * jump;
+      own([&](int c, int, int) { past[c] = change[c]; });
+      if (further != 0) {  // further than it went, or not so far
         own([&](int c, int i, int j) {
-          y[c] += (wanted - taken) * change[c];
+          y[c] += further * change[c];
           gap[i * S2 + j] = xs(c) - y[c];
         });
         last = stop;
@@ -226,7 +246,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
     real a = 0, squares = 0, scale = 1;
     if constexpr (MODE == 2) {
       if (count == 0) {  // later on the mean hardly moves
-        own([&](int c, int, int) { a += p(c) - gw[c] * product[c]; });
+        own([&](int c, int, int) { a += p(c) - gw(c) * product[c]; });
         pair_part(a, 0, swinging);
         __syncthreads();
         pair_total(swinging, centre, squares);
@@ -235,7 +255,7 @@ mamba_kronecker_solve(const store* factors, const store* x, const store* delta, 
       }
     }
     own([&](int c, int, int) {
-      product[c] = p(c) - gw[c] * product[c] - centre;
+      product[c] = p(c) - gw(c) * product[c] - centre;
       a += product[c];
       squares += product[c] * product[c];
     });
