@@ -1,4 +1,4 @@
-"""FP-Mamba with a Kronecker mixer that is made on the way: a product of matrices and two kernels a step, each way.
+"""FP-Mamba with a Kronecker mixer that is made on the way: a product of matrices and a kernel or two a step.
 
 ``kernels/mamba_kronecker_make.cu``, ``mamba_kronecker_solve.cu`` and ``mamba_kronecker_pull.cu`` say what is computed;
 here is how it is laid out over the device. The host waits for nothing, so that it can be recorded.
