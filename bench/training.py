@@ -16,6 +16,7 @@ from fpnumba.train.drawing import COLORS, MARKERS, legend_below, length_axis, wr
 RESULTS = Path(__file__).with_name("results") / "training.json"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 GRADIENTS = {"implicit": "exact", "neumann": "Neumann, 4 terms", "one-step": "one step"}
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 REACHED = 0.99
 
 Run = dict[str, Any]
@@ -69,34 +70,33 @@ def table(of: Sequence[Run]) -> str:
 def gradients(of: Sequence[Run], figure: Any) -> None:
     """What each gradient learns, how far it carries, and how far it points from the exact one."""
     learns, carries, points = figure.subplots(1, 3)
-    for (method, label), color, marker in zip(GRADIENTS.items(), COLORS, MARKERS, strict=False):
+    for (method, label), color, marker, dashes in zip(
+        GRADIENTS.items(), COLORS, MARKERS, DASHES, strict=False
+    ):
         mine = [run for run in of if run["gradient"] == method]
         for run in mine:
             curve = run["curve"]
-            first = run is mine[0]
-            learns.plot(curve["step"], curve["accuracy"], color=color, lw=1.3, label=label if first else None)
+            learns.plot(curve["step"], curve["accuracy"], color=color, lw=1.4, ls=dashes)
         lengths = [result["length"] for result in mine[0]["final"]]
-        scores = [[run["final"][at]["accuracy"] for run in mine] for at in range(len(lengths))]
-        middle = [median(each) for each in scores]
-        carries.plot(
-            lengths, middle, color=color, marker=marker, markeredgecolor="white", label=label, zorder=3
-        )
-        carries.fill_between(
-            lengths, [min(e) for e in scores], [max(e) for e in scores], color=color, alpha=0.15, lw=0
-        )
+        scores = [[result["accuracy"] for result in run["final"]] for run in mine]
+        for each in scores:
+            carries.plot(lengths, each, color=color, lw=0.8, ls=dashes)
+        middle, look = [median(each) for each in zip(*scores, strict=True)], {"marker": marker, "ls": dashes}
+        carries.plot(lengths, middle, color=color, markeredgecolor="white", label=label, zorder=3, **look)
     learns.set(xlabel="updates", ylabel="token accuracy, training", ylim=(0, 1.03))
     learns.set_title("What each gradient learns")
     length_axis(carries, lengths)
     carries.set(ylabel="token accuracy", ylim=(0, 1.03))
-    carries.set_title("How far it carries")
+    carries.set_title("How far it carries: every seed, and the median")
     probed = next(run for run in of if run["gradient"] == "implicit" and run["cosines"])
-    for method, color, marker in (("one-step", COLORS[2], MARKERS[2]), ("neumann-4", COLORS[1], MARKERS[1])):
+    for method, at in (("one-step", 2), ("neumann-4", 1)):
         steps = [row["step"] for row in probed["cosines"]]
         cosines = [row[method] for row in probed["cosines"]]
-        points.plot(steps, cosines, color=color, marker=marker, markeredgecolor="white")
+        look = {"color": COLORS[at], "marker": MARKERS[at], "ls": DASHES[at]}
+        points.plot(steps, cosines, markeredgecolor="white", **look)
     points.set(xlabel="updates (of the exact run)", ylabel="cosine to the exact gradient", ylim=(0, 1.03))
     points.set_title("Where it points")
-    legend_below(learns)
+    legend_below(carries)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
