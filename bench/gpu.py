@@ -373,7 +373,7 @@ def _memory(bench: Bench, shape: tuple[int, int], width: int) -> None:
     from fpnumba import nn
 
     x = cupy.asarray(np.random.default_rng(1).standard_normal((*shape, width)).astype(np.float32))
-    for count in (4, 64):
+    for count in (4, 60):  # too few for a solve that settles
         solver = fp.Solver("parallel", rtol=1e-30, max_iter=count, **QUIET)
         layer = nn.FPMamba(width, solver=solver, adjoint=fp.Adjoint("one-step"))
         params = {n: cupy.asarray(v) for n, v in layer.init(np.random.default_rng(0)).items()}

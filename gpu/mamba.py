@@ -44,6 +44,9 @@ Array = Any
 SPAN = 16
 # An iteration that goes back and forth, so many times without getting closer, is damped by half.
 PATIENCE = 4
+# Changes of an adjoint that have grown so much since the first will not shrink; what is found without the step's own
+# Jacobian, as by the one-step gradient, takes its place.
+GROWN = 1e4
 
 
 class _Doors:
@@ -354,6 +357,7 @@ def _pull_step(
     from_later = delta * (G * s.B[:, 0, None, :]).sum(-1)[:, None]
     right = y_bar + from_later - products.apply_transpose(mixers, s.kind, s.params, from_later)
     z, moving, met, swing = right, xp.ones(len(y), bool), xp.zeros(len(y), bool), _Swing(y, 1.0)
+    first, last = None, xp.full(len(y), np.inf, y.dtype)
     watch = _device.Watch(xp.ones(1, np.int32))
     try:
         for _ in range(max_iter):
@@ -365,12 +369,16 @@ def _pull_step(
             z = xp.where(moving[:, None, None], z + step * change, z)
             now = moved <= max(rtol, 8 * eps) * size
             met |= moving & now
-            moving = moving & ~now & xp.isfinite(moved)
+            first, last = moved if first is None else first, xp.where(moving, moved, last)
+            moving = moving & ~now & (moved <= GROWN * first)
             watch.counter[:] = moving.sum()
             if watch.look() == 0:
                 break
     finally:
         watch.close()
+    # an adjoint whose changes do not shrink has no solution that iterating finds
+    shrunk = met if first is None else met | (last < first)
+    z = xp.where(shrunk[:, None, None], z, right)
     v_bar, weight_bar, bias_bar = normalize_vjp(s.norm, v, z)
     o_bar = v_bar if s.gate is None else s.gate * v_bar
     # one step of the scan: a cotangent of the state that it leaves comes in

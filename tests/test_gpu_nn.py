@@ -13,7 +13,7 @@ from fpnumba import nn
 from fpnumba.arrays import Room as Doors
 from fpnumba.arrays import use_room
 from fpnumba.gpu import use_precision
-from fpnumba.nn import backend
+from fpnumba.nn import backend, matrix_device
 from fpnumba.nn.layer import FixedPointLayer
 from fpnumba.solve import Adjoint, Solver
 
@@ -263,3 +263,27 @@ def test_golden_in_single_precision(room: Room, path: Path, monkeypatch: pytest.
     found, pullback = layer.vjp(put(room, params), room.give(x))
     for ours, theirs in zip(errors(found, pullback(room.give(y_bar))[1]), plain, strict=True):
         assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_adjoint_that_does_not_shrink(room: Room, made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step has no stable fixed point, its adjoint is not iterated into overflow."""
+    if not made:
+        monkeypatch.setattr(matrix_device, "serves", lambda cell: False)
+    rng, adjoint = np.random.default_rng(5), Adjoint(rtol=1e-9, on_failure="ignore")
+    layer = nn.FPMamba(
+        8, d_state=3, mixer="kronecker", alpha_max=2.0, solver=Solver(**SOLVER), adjoint=adjoint
+    )
+    params = layer.init(rng, np.float64)
+    params["out_norm.weight"] *= 100
+    x, y_bar = rng.standard_normal((2, 4, 6, 8))
+
+    def slope(params: Any, x: Any, y_bar: Any) -> tuple[Any, Any]:
+        record: list[Any] = []
+        _, pullback = layer.vjp(params, x, record=record)
+        return record[0].converged, pullback(y_bar)[1]
+
+    on_the_host = Host(monkeypatch)(lambda: slope(params, x, y_bar))
+    for converged, x_bar in (on_the_host, slope(put(room, params), room.give(x), room.give(y_bar))):
+        assert not np.all(converged)
+        assert np.abs(room.get(x_bar)).max() < 1e9

@@ -385,6 +385,9 @@ constexpr int PATIENCE = 4;
 // Where changes have become smaller by the same factor twice, one direction is left, whose geometric series is known: the rest of it
 // is gone at once, forwards if that is less than NEAR of the size, for there may be other solutions. Then other directions show.
 constexpr real NEAR = (real)1e-3, ALIKE = (real)0.05, SLOWEST = (real)0.98;  // above it `look` uses the room
+// Changes of an adjoint that have grown so much since the first will not shrink: it has no solution that iterating finds, and what
+// is found without the step's own Jacobian, as by the one-step gradient, takes its place.
+constexpr real GROWN = (real)1e4;
 struct Swing {
   real factor, before = LARGEST, ratio = 0;
   int swings = 0;

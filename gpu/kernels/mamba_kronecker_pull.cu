@@ -201,7 +201,8 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
     // N^T z = scale (weight z - with - n along): v is n by now
     real with = 0, along = 0;
     Swing swing = {(real)1};
-    bool judged = true, fine = false;
+    bool judged = true, fine = false, given_up = false;
+    real first_moved = LARGEST;
     for (int count = 0;;) {
       if constexpr (MODE != 0) {
         real a = 0, a_along = 0;
@@ -218,13 +219,22 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         with = MODE == 2 ? with / channels : (real)0;
         along /= channels;
       }
+      if (given_up) break;
       if (!judged) {
         real moved, top;
         most_total(tops, moved, top);
         judged = true;
         const real taken = swing.factor;
         fine = moved <= larger((real)rtol, 8 * EPS) * top;
-        if (fine || count >= max_iter || !is_finite(moved)) break;
+        if (fine) break;
+        if (count == 1) first_moved = moved;
+        if (count >= max_iter || !(moved <= GROWN * first_moved)) {
+          if (moved < first_moved) break;
+          own([&](int c, int i, int j) { z[c] = right(c, i, j); });
+          given_up = true;
+          __syncthreads();  // the sums have been read
+          continue;
+        }
         const real last_moved = swing.before;
         swing.look(moved, [&] {
           real back = 0;
