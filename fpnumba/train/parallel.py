@@ -4,8 +4,7 @@
 the same update, so that a run of several is that of one to rounding, and bitwise repeatable with as many. The first
 process alone writes, judges and shows progress.
 
-Gradients in NumPy's arrays are summed by MPI (mpi4py), those in CuPy's by NCCL, one process for each GPU. The part of
-NCCL is written to CuPy's documentation and has not been run on several GPUs.
+Gradients in NumPy's arrays are summed by MPI (mpi4py), those in CuPy's by NCCL, one process for each GPU.
 """
 
 import contextlib
