@@ -17,7 +17,7 @@ from fpnumba.cpu import _mamba_fused as kernels
 from fpnumba.cpu import memory
 from fpnumba.cpu._threads import run
 from fpnumba.nn.basic import rows
-from fpnumba.nn.loops import ACTIVATIONS
+from fpnumba.nn.loops import ACTIVATIONS, softplus_vjp
 from fpnumba.nn.matrix_state import SEGMENTS, SPAN, MatrixBars, MatrixCell
 from fpnumba.nn.matrix_ways import tight
 from fpnumba.nn.mixer_maps import LowRankMap, MixerMap
@@ -215,7 +215,7 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
 
 def _raw_bar(delta: Array, delta_bar: Array, width: int) -> Array:
     """Cotangent of what softplus sees, from its value, summed over the channels of a head."""
-    raw: Array = -np.expm1(-delta) * delta_bar
+    raw = softplus_vjp(delta, delta_bar)
     return raw if raw.shape[-1] == width else raw.reshape(*raw.shape[:-1], width, -1).sum(-1)
 
 
