@@ -19,6 +19,9 @@ GROWN = 1e4
 def solve_steps(
     first,
     last,
+    begin,
+    end,
+    shift,
     p,
     work_size,
     x,
@@ -43,8 +46,11 @@ def solve_steps(
     residual,
     met,
 ):
-    """All steps of the sequences; ``state`` comes with ``H_0`` and leaves with the last."""
-    _, steps, dim = x.shape
+    """Steps from ``begin`` to ``end`` of the sequences; ``state`` comes with the ``H`` before and leaves with the last.
+
+    What mixes in step ``t``, and its ``B`` and ``C``, stand at ``t - shift``.
+    """
+    dim = x.shape[2]
     kind = x.dtype.type
     rows = np.zeros((2, BLOCK, dim), x.dtype)
     d, out, work = rows[0], rows[1], np.empty(work_size, x.dtype)
@@ -52,10 +58,11 @@ def solve_steps(
     r, w, v, n, held, past = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
     unit = float(np.finfo(x.dtype).eps)
     for b in range(first, last):
-        for t in range(steps):
-            xt, yt, bt, dt, zt = x[b, t], y[b, t], B[b, t], delta[b, t], gate[b, t]
-            decayed(dt, rates, state[b], C[b, t], state[b], r)
-            bc = dot(bt, C[b, t])
+        for t in range(begin, end):
+            at = t - shift
+            xt, yt, bt, ct, dt, zt = x[b, t], y[b, t], B[b, at], C[b, at], delta[b, t], gate[b, t]
+            decayed(dt, rates, state[b], ct, state[b], r)
+            bc = dot(bt, ct)
             for i in range(dim):
                 w[i] = dt[i] * bc + skip[i]
                 yt[i] = kind(0)
@@ -66,9 +73,9 @@ def solve_steps(
                 for i in range(dim):
                     d[0, i] = xt[i] - yt[i]
                 if count == 0:
-                    mix(p, b, t, 1, d, out, work)
+                    mix(p, b, at, 1, d, out, work)
                 else:
-                    mix_again(p, b, t, 1, d, out, work)
+                    mix_again(p, b, at, 1, d, out, work)
                 for i in range(dim):
                     held[i] = out[0, i] + yt[i]
                     v[i] = r[i] + w[i] * held[i]
@@ -109,10 +116,32 @@ def solve_steps(
 
 
 @entry
+def known_states(first, last, begin, end, shift, p, work_size, x, delta, rates, B, C, y, states):
+    """``states[k] (B, D, N)``, the state after ``k`` of the steps from ``begin`` to ``end``, of a known ``y``; the
+    first is given. What mixes in step ``t`` stands at ``t - shift``."""
+    dim = x.shape[2]
+    rows = np.zeros((2, BLOCK, dim), x.dtype)
+    d, out, work = rows[0], rows[1], np.empty(work_size, x.dtype)
+    scratch = np.empty((2, dim), x.dtype)
+    held, r = scratch[0], scratch[1]
+    for b in range(first, last):
+        for t in range(begin, end):
+            xt, yt, now = x[b, t], y[b, t], states[t - begin + 1, b]
+            for i in range(dim):
+                d[0, i] = xt[i] - yt[i]
+            mix(p, b, t - shift, 1, d, out, work)
+            for i in range(dim):
+                held[i] = out[0, i] + yt[i]
+            decayed(delta[b, t], rates, states[t - begin, b], C[b, t], now, r)
+            take_over(delta[b, t], held, B[b, t], now)
+
+
+@entry
 def pull_step(
     first,
     last,
     t,
+    shift,
     p,
     bar,
     work_size,
@@ -147,7 +176,8 @@ def pull_step(
     met,
 ):
     """Step ``t``: ``past (B, D, N)`` is ``H_{t-1}``; ``G`` comes with the cotangent of ``H_t`` and leaves with that of
-    ``H_{t-1}``."""
+    ``H_{t-1}``. What mixes, and its cotangents, stand at ``t - shift``."""
+    at = t - shift
     dim, size = x.shape[2], B.shape[2]
     kind = x.dtype.type
     rows = np.zeros((3, BLOCK, dim), x.dtype)
@@ -163,7 +193,7 @@ def pull_step(
         bc = dot(bt, ct)
         for i in range(dim):
             d[0, i] = xt[i] - yt[i]
-        mix(p, b, t, 1, d, out, work)
+        mix(p, b, at, 1, d, out, work)
         for i in range(dim):
             held[i] = out[0, i] + yt[i]
             through[i] = dt[i] * bc + skip[i]
@@ -176,7 +206,7 @@ def pull_step(
                 rhs[i] *= zt[i]
                 through[i] *= zt[i]
         scale = normal(rhs, mode, eps, n)
-        mix_transpose(p, b, t, 1, e, out, work)
+        mix_transpose(p, b, at, 1, e, out, work)
         zb = z[b, t]
         for i in range(dim):
             rhs[i] = y_bar[b, t, i] + later[i] - out[0, i]
@@ -187,7 +217,7 @@ def pull_step(
             normal_vjp(n, scale, mode, weight, zb, v_bar)
             for i in range(dim):
                 e[0, i] = through[i] * v_bar[i]
-            mix_transpose(p, b, t, 1, e, out, work)
+            mix_transpose(p, b, at, 1, e, out, work)
             far, top, along = kind(0), kind(0), kind(0)
             for i in range(dim):
                 change = rhs[i] + e[0, i] - out[0, i] - zb[i]
@@ -242,6 +272,6 @@ def pull_step(
         for i in range(dim):
             e[0, i] = ub[i]
             d[0, i] = xt[i] - yt[i]
-        pull(p, bar, b, t, 1, d, e, out, work)
+        pull(p, bar, b, at, 1, d, e, out, work)
         for i in range(dim):
             x_bar[b, t, i] = out[0, i]

@@ -103,7 +103,7 @@ def solve(
     s = system
     if s.kind == "mixture":
         return reference.solve(s, initial, rtol=rtol, atol=atol, max_iter=max_iter, damping=damping)
-    batch, _, dim = s.x.shape
+    batch, steps, dim = s.x.shape
     shape = (batch, dim, s.B.shape[-1])
     state = np.zeros(shape, s.x.dtype) if initial is None else initial.copy()
     y, iterations = np.empty_like(s.x), np.zeros(batch, np.int64)
@@ -118,7 +118,7 @@ def solve(
         _threads.run(_mamba_low_rank.solve_steps, batch, work, *mixer, *arguments, *options, *results)
     else:
         p = as_mixer(s.kind, s.params)
-        mixer = (p, work_size(p))
+        mixer = (0, steps, 0, p, work_size(p))
         _threads.run(_mamba.solve_steps, batch, work, *mixer, *arguments, *options, *results)
     status = np.where(met, CONVERGED, MAX_ITER)
     wild = ~(np.isfinite(y).all((1, 2)) & np.isfinite(state).all((1, 2)))
@@ -201,7 +201,7 @@ def pullback(
         kernel, arguments = _mamba_low_rank.pull_step, (*bar, *s.params, s.kind == "householder", *arguments)
     else:
         p, kernel = as_mixer(s.kind, s.params), _mamba.pull_step
-        arguments = (p, as_mixer(s.kind, bar), work_size(p), *arguments, float(rtol), int(max_iter))
+        arguments = (0, p, as_mixer(s.kind, bar), work_size(p), *arguments, float(rtol), int(max_iter))
         outputs = (*outputs, met)
     u = reference.channel_mix(s, y, mixers) if steps > 1 else y
     spans = [start]

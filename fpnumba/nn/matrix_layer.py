@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fpnumba.nn import backend, matrix_low_rank, matrix_ways, ways
+from fpnumba.nn import backend, matrix_kronecker, matrix_low_rank, matrix_ways, ways
 from fpnumba.nn.activations import gated, gated_vjp, silu, silu_vjp
 from fpnumba.nn.backend import column_sums, contiguous, product
 from fpnumba.nn.basic import Params, Pullback, Record, ShortConv, rows, under, uniform
 from fpnumba.nn.layer import FixedPointLayer, State
 from fpnumba.nn.matrix_state import SEGMENTS, MatrixBars, MatrixCell, Steps
-from fpnumba.nn.mixer_maps import LowRankMap
+from fpnumba.nn.mixer_maps import KroneckerMap, LowRankMap
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Weights, init_weight, weight_of, weight_vjp
 from fpnumba.nn.recurrence import Solve
@@ -306,6 +306,8 @@ class MatrixStateLayer(FixedPointLayer):
     ) -> tuple[Solve, tuple[Array, Array]]:
         if backend.on_host(cell.v) and matrix_low_rank.serves(self.map):
             return matrix_low_rank.solve(cell, self.map, solver, keep=keep)
+        if backend.on_host(cell.v) and matrix_kronecker.serves(self.map):
+            return matrix_kronecker.solve(cell, self.map, solver, keep=keep)
         return matrix_ways.solve_sequential(cell, solver, keep=keep)
 
     def _pull(self, cell: MatrixCell, found: Solve, y_bar: Array) -> tuple[MatrixBars, Solution | None]:
@@ -314,9 +316,11 @@ class MatrixStateLayer(FixedPointLayer):
             return ways.pull_chain(cell, found, y_bar), None
         if adjoint.method == "neumann":
             return ways.pull_neumann(cell, found.h, y_bar, adjoint.terms or 0), None
-        fused = found.steps and isinstance(found.steps[0], matrix_low_rank.Kept)
-        if fused and isinstance(self.map, LowRankMap):
+        kept = found.steps[0] if found.steps else None
+        if isinstance(kept, matrix_low_rank.Kept) and isinstance(self.map, LowRankMap):
             bars, solution = matrix_low_rank.pull(cell, self.map, found, y_bar)
+        elif isinstance(kept, matrix_kronecker.Kept) and isinstance(self.map, KroneckerMap):
+            bars, solution = matrix_kronecker.pull(cell, self.map, found, y_bar, adjoint)
         else:
             bars, solution = matrix_ways.pull_sequential(cell, found, y_bar, adjoint)
         report(f"adjoint of {type(self).__name__}", solution, adjoint.on_failure)

@@ -49,12 +49,13 @@ def _mixer_options(map: LowRankMap) -> tuple[int, float, float, bool]:
     return ACTIVATIONS[map.activation], map.norm_eps, map.alpha_max, map.kind == "householder"
 
 
-def _norm(norm: Norm, bias: bool) -> tuple[Any, ...]:
+def norm_arguments(norm: Norm, bias: bool) -> tuple[Any, ...]:
+    """Weight, bias if it is asked for, mode and eps."""
     shift = np.zeros_like(norm.weight) if norm.bias is None else norm.bias
     return (norm.weight, *([shift] if bias else []), 2 if norm.centred else 1, float(norm.eps))
 
 
-def _scan_options(cell: MatrixCell) -> tuple[Array, Array, Array, bool]:
+def scan_arguments(cell: MatrixCell) -> tuple[Array, Array, Array, bool]:
     """Rates of every channel, skip, gate, and whether there is one."""
     dim, size = cell.initial[1].shape[1:]
     rates = cell.A
@@ -65,7 +66,7 @@ def _scan_options(cell: MatrixCell) -> tuple[Array, Array, Array, bool]:
     return rates, cell.skip, empty if cell.gate is None else cell.gate, cell.gate is not None
 
 
-def _delta(cell: MatrixCell, argument: Array, *, alone: bool = False) -> Array:
+def step_sizes(cell: MatrixCell, argument: Array, *, alone: bool = False) -> Array:
     """``delta`` of every channel, ``(B, T, D)``; as :meth:`fpnumba.nn.matrix_state.Steps.delta`, compiled.
 
     `alone` on the thread of the caller.
@@ -98,7 +99,7 @@ def solve(
     b, c = (np.empty((batch, span, size), dtype) for _ in range(2))
     b_norm, c_norm = (np.empty((batch, span), dtype) for _ in range(2))
     made = u, norm, alpha, b, b_norm, c, c_norm
-    delta = np.empty_like(cell.v) if "lambda" in cell.feedback else _delta(cell, cell.base["lambda"])
+    delta = np.empty_like(cell.v) if "lambda" in cell.feedback else step_sizes(cell, cell.base["lambda"])
     state = np.array(cell.initial[1])
     states = [np.empty_like(state) for _ in range(0, steps, SPAN)] if keep else []
     y, iterations = np.empty_like(cell.v), np.zeros((batch, steps), np.int64)
@@ -106,8 +107,8 @@ def solve(
     told = tight(solver, cell.share())
     options = (float(told["rtol"]), float(told["atol"]), int(told["max_iter"]), float(told["damping"]))
     bc_eps = -1.0 if cell.bc_eps is None else cell.bc_eps
-    fixed = (*_mixer_options(map), bc_eps, cell.v, delta, *_scan_options(cell))
-    fixed = (*fixed, *_norm(cell.norm, True), *options)
+    fixed = (*_mixer_options(map), bc_eps, cell.v, delta, *scan_arguments(cell))
+    fixed = (*fixed, *norm_arguments(cell.norm, True), *options)
     seen, results = (a, arguments["b"], arguments["c"]), (state, *made, y, iterations, residual, met)
 
     def walk(first: int, last: int) -> None:
@@ -130,7 +131,7 @@ def solve(
                 if factored:
                     a[mine, at] = cell.weights.expand(arguments["mixer"][mine, t])
                 if "lambda" in cell.feedback:
-                    delta[mine, t] = _delta(cell, arguments["lambda"][mine, t], alone=True)
+                    delta[mine, t] = step_sizes(cell, arguments["lambda"][mine, t], alone=True)
                 # a mixer without second factors has its pre-activations in place
                 where = (t, at, at if factored else t)
                 kernels.forward_step(first, last, *where, *seen, *fixed, *results)
@@ -153,7 +154,7 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
     size, dtype, y = cell.initial[1].shape[2], cell.v.dtype, found.h
     u, _, alpha, b, _, c, _ = kept.made
     bars, y_bar = cell.bars(), np.ascontiguousarray(y_bar)
-    rates, skip, gate, gated = _scan_options(cell)
+    rates, skip, gate, gated = scan_arguments(cell)
     z, delta_bar, a_bar = np.empty_like(y), np.empty_like(y), memory.empty(kept.a.shape, dtype)
     gate_bar = np.empty_like(gate)
     rate_bar = np.zeros((batch, dim, size), dtype)
@@ -162,8 +163,8 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
     passing = np.empty_like(G)
     now = memory.empty((batch, min(SPAN, steps), dim, size), dtype)
     bc_eps = -1.0 if cell.bc_eps is None else cell.bc_eps
-    mixer = _mixer_options(map)
-    fixed = (kept.a, *mixer, bc_eps, cell.v, kept.delta, rates, skip, gate, gated, *_norm(cell.norm, False))
+    mixer, norm = _mixer_options(map), norm_arguments(cell.norm, False)
+    fixed = (kept.a, *mixer, bc_eps, cell.v, kept.delta, rates, skip, gate, gated, *norm)
     outputs = (z, bars.v, a_bar, delta_bar, bars.base["b"], bars.base["c"], gate_bar)
     sums = (rate_bar, skip_bar, weight_bar, bias_bar)
     fed = None if cell.stacked is None else np.empty((batch, steps, len(cell.stacked)), dtype)
@@ -191,10 +192,45 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
     if "lambda" not in cell.feedback:
         raw_bar[...] = _raw_bar(kept.delta, delta_bar, raw_bar.shape[2])
     bars.base["mixer"] = cell.weights.expand_vjp(kept.arguments["mixer"], a_bar, bars.seconds)
+    collect(
+        cell,
+        bars,
+        kept.arguments["lambda"],
+        y,
+        raw_bar,
+        fed,
+        gate_bar,
+        rate_bar,
+        skip_bar,
+        weight_bar,
+        bias_bar,
+    )
+    status = _status(
+        z, np.ones(batch, bool), cell, lambda i: bool(np.isfinite(y_bar[i]).all()) and cell.finite(i)
+    )
+    counts = np.ones((batch, steps), np.int64)
+    return bars, Solution(z, status, counts.max(-1, initial=0), np.zeros(batch), "sequential", counts)
+
+
+def collect(
+    cell: MatrixCell,
+    bars: MatrixBars,
+    argument: Array,
+    y: Array,
+    raw_bar: Array,
+    fed: Array | None,
+    gate_bar: Array,
+    rate_bar: Array,
+    skip_bar: Array,
+    weight_bar: Array,
+    bias_bar: Array,
+) -> None:
+    """Add up over steps or sequences what kernels have left: `argument` of "lambda", cotangents ``raw_bar`` of what
+    softplus sees and ``fed (B, T, n)`` of ``V y_{t-1}``, the others of each sequence."""
     bars.step_bias += rows(raw_bar).sum(0)
     bars.base["lambda"] = raw_bar
     if cell.steps.weight is not None and bars.step_weight is not None:
-        bars.step_weight += rows(raw_bar).T @ rows(kept.arguments["lambda"])
+        bars.step_weight += rows(raw_bar).T @ rows(argument)
         bars.base["lambda"] = raw_bar @ cell.steps.weight
     if fed is not None and bars.stacked is not None:
         bars.stacked += rows(fed).T @ rows(cell.before(y))
@@ -206,11 +242,6 @@ def pull(cell: MatrixCell, map: LowRankMap, found: Solve, y_bar: Array) -> tuple
         bars.norm_bias += bias_bar.sum(0)
     if bars.gate is not None:
         bars.gate = gate_bar
-    status = _status(
-        z, np.ones(batch, bool), cell, lambda i: bool(np.isfinite(y_bar[i]).all()) and cell.finite(i)
-    )
-    counts = np.ones((batch, steps), np.int64)
-    return bars, Solution(z, status, counts.max(-1, initial=0), np.zeros(batch), "sequential", counts)
 
 
 def _raw_bar(delta: Array, delta_bar: Array, width: int) -> Array:
