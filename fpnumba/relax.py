@@ -30,7 +30,9 @@ def relax(
     Parameters
     ----------
     step : callable
-        One iteration of all sequences, which must not depend on each other: (B, T, D) to (B, T, D).
+        One iteration of all sequences, which must not depend on each other: (B, T, D) to (B, T, D). On a device it
+        may have an ``advance(h, pace, published)``, which makes an iteration and what `fpnumba.gpu.maps.advance` does
+        with it in one, or returns None.
     start : array (B, T, D)
         Of NumPy or of CuPy, in the dtype of the computation.
     solver : Solver
@@ -65,17 +67,23 @@ def relax(
     history: list[NDArray[np.float64]] = []
     accelerate = _Anderson(h, solver.memory) if solver.acceleration else None
     fused = _kernels(h) if accelerate is None else None
+    again = None if fused is None else fused.rehearsed()
+    if again is not None:
+        return _repeated(fused, step, start, solver, again)
+    paces = None
     # What has met the tolerance rests, so that no sequence is moved by the length of another's iteration. The
     # published rule moves the batch together.
     moving = alive.copy()
     with np.errstate(over="ignore", invalid="ignore"):
         while moving.any() and len(history) < solver.max_iter:
-            new = step(h)
             if fused is not None:
-                pace = xp.asarray(np.where(moving, damping, -1.0).astype(h.dtype))
-                h, told = fused.advance(h, xp.ascontiguousarray(new), pace, published)
+                wanted = np.where(moving, damping, -1.0).astype(h.dtype)
+                if paces is None or not np.array_equal(wanted, paces):
+                    paces, pace = wanted, xp.asarray(wanted)
+                h, told = _advanced(fused, step, h, pace, published)
                 current, now_met = _judged(to_numpy(told).T, h, solver)
             else:
+                new = step(h)
                 change = new - h
                 proposal = h + _column(damping.astype(h.dtype), xp) * change
                 current, now_met = _judged(_measured(proposal, new, change, solver), h, solver)
@@ -101,11 +109,51 @@ def relax(
                 met = met | (now_met & moving)
                 enough = math.ceil((solver.quantile or 1.0) * int(alive.sum()) - 1e-9)
                 moving = alive & ~met & (int((met & alive).sum()) < enough)
+    if fused is not None:
+        fused.took(len(history))
     status = np.where(met, Status.CONVERGED, Status.MAX_ITER).astype(np.int8)
     for b in np.flatnonzero(~alive):
         status[b] = Status.DIVERGED if finite_inputs(int(b)) else Status.NONFINITE_INPUT
     trace = np.array(history).reshape(len(history), count)
     return Solved(h, iterations, residual, status, iterations[:, None].copy()), trace
+
+
+def decided(like: Any, look: Callable[[], bool]) -> bool:
+    """What a look at results says; in a recording, what it said when the same ran for real."""
+    kernels = _kernels(like)
+    again = None if kernels is None else kernels.rehearsed()
+    if again is not None:
+        return bool(again)
+    found = look()
+    if kernels is not None:
+        kernels.took(int(found))
+    return found
+
+
+def _repeated(
+    kernels: Any, step: Any, start: Any, solver: Solver, count: int
+) -> tuple[Solved, NDArray[np.float64]]:
+    """As many iterations as a run before took, with nothing looked at, and whether that was enough.
+
+    That can be recorded, `fpnumba.gpu.capture`.
+    """
+    xp, h, published = namespace(start), start, solver.criterion == "published"
+    pace, lowest, told = xp.full(len(h), solver.damping, h.dtype), None, xp.zeros((len(h), 2), h.dtype)
+    for _ in range(count):
+        h, told = _advanced(kernels, step, h, pace, published)
+        lowest = told[:, 0] if lowest is None else xp.minimum(lowest, told[:, 0])
+    moved, size = told[:, 0].astype(np.float64), told[:, 1].astype(np.float64)
+    if published:
+        met, residual = moved < solver.rtol if lowest is None else lowest < solver.rtol, moved
+    else:
+        floor = 4 * float(np.finfo(h.dtype).eps) * size
+        met = moved <= xp.maximum(solver.atol + solver.rtol * size, floor)
+        residual = moved / xp.maximum(size, float(np.finfo(h.dtype).tiny))
+    status = xp.where(met, int(Status.CONVERGED), int(Status.MAX_ITER))
+    status = xp.where(xp.isfinite(moved), status, int(Status.DIVERGED)).astype(np.int8)
+    iterations = xp.full(len(h), count, np.int64)
+    solved = Solved(h, iterations, residual, status, iterations[:, None].copy())
+    return solved, np.zeros((0, len(h)))
 
 
 def _kernels(h: Any) -> Any:
@@ -115,6 +163,14 @@ def _kernels(h: Any) -> Any:
     from fpnumba.gpu import maps
 
     return maps
+
+
+def _advanced(kernels: Any, step: Any, h: Any, pace: Any, published: bool) -> tuple[Any, Any]:
+    """A damped step of the iteration, and how far it went."""
+    found = step.advance(h, pace, published) if hasattr(step, "advance") else None
+    if found is None:
+        found = kernels.advance(h, namespace(h).ascontiguousarray(step(h)), pace, published)
+    return found  # type: ignore[no-any-return]
 
 
 def _measured(h: Float, new: Float, change: Float, solver: Solver) -> NDArray[Any]:

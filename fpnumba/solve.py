@@ -80,6 +80,10 @@ class Solver:
            model;
         3. ``direct`` for `DPLR` and `Householder` up to rank 8;
         4. ``chunked``, with the room's own choice of chunk.
+
+        A layer of `fpnumba.nn` whose parameters see the hidden state goes ``sequential`` in the place of 3 and 4. On a
+        GPU `FPMamba` makes a few iterations of all steps first, where by a measured rule for batch and length those
+        could be cheaper, and goes on with them if their residuals say so; not where the exact gradient follows.
     rtol, atol : float
         A sequence has converged when ``max|f(h) - h| <= atol + rtol * max|h|``, the maxima over its time and
         channels (and where the change is a few units of rounding). ``direct`` has no tolerance.

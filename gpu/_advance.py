@@ -1,5 +1,6 @@
 """One step of the iteration in hand, `fpnumba.relax`; see ``kernels/map_advance.cu``."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ Array = Any
 THREADS, ROWS = 256, 8
 
 
+@cache
 def _kernel(name: str, dtype: str, each: int) -> _device.Kernel:
     return _device.Kernel.of("map_advance.cu", name, {"STORE": store(dtype), "EACH": each})
 
@@ -37,15 +39,24 @@ def advance(h: Array, new: Array, damping: Array, published: bool) -> tuple[Arra
         rests.
     """
     batch, steps, dim = h.shape
-    after, measures = _shapes.empty_like(h), _shapes.empty_like(h, batch, 2)
+    after = _shapes.empty_like(h)
     numbers, dtype = _shapes.empty_like(h, batch * steps, 2), _shapes.name(h.dtype)
     each = _shapes.each(dim, h, new, after)
     sizes = np.int64(batch * steps), np.int64(steps), np.int32(dim), np.int32(published)
     arguments = (h, new, damping, after, numbers, *sizes)
     _device.launch(_kernel("advance", dtype, each), -(-batch * steps // ROWS), THREADS, arguments)
-    most, shared = _kernel("advance_most", dtype, 1), 2 * ROWS * h.dtype.itemsize
-    _device.launch(most, batch, THREADS, (numbers, measures, np.int64(steps)), shared=shared)
-    return after, measures
+    return after, most(numbers, batch)
+
+
+def most(numbers: Array, batch: int) -> Array:
+    """The largest of both numbers over the steps of a sequence: ``(B T, 2)`` to ``(B, 2)``."""
+    measures, steps = _shapes.empty_like(numbers, batch, 2), len(numbers) // max(batch, 1)
+    kernel, shared = (
+        _kernel("advance_most", _shapes.name(numbers.dtype), 1),
+        2 * ROWS * numbers.dtype.itemsize,
+    )
+    _device.launch(kernel, batch, THREADS, (numbers, measures, np.int64(steps)), shared=shared)
+    return measures
 
 
 def representative() -> list[_device.Kernel]:

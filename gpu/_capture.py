@@ -42,7 +42,7 @@ class Captured:
         return self.result
 
 
-def capture(function: Callable[[], Any]) -> Captured:
+def capture(function: Callable[[], Any], *, same_iterations: bool = False) -> Captured:
     """Record what a function does on the device.
 
     The function runs twice: once for real, so that every kernel is compiled, and once only to be recorded. What it
@@ -53,6 +53,10 @@ def capture(function: Callable[[], Any]) -> Captured:
     Parameters
     ----------
     function : callable without arguments
+    same_iterations : bool, default False
+        Record layers that are solved in parallel by a rule for the whole iteration (the published one, a quantile,
+        fewer than 64 iterations), too: every call makes as many iterations as the first run took, and the status says
+        whether that was enough.
 
     Returns
     -------
@@ -77,10 +81,12 @@ def capture(function: Callable[[], Any]) -> Captured:
     cuda = _device.xp().cuda
     outer, stream, pool = cuda.get_current_stream(), cuda.Stream(non_blocking=True), cuda.MemoryPool()
     outer.synchronize()
+    counts: list[int] = []
     with stream, cuda.using_allocator(pool.malloc):
-        function()
+        with _recording.rehearsing(counts) if same_iterations else contextlib.nullcontext():
+            function()
         stream.synchronize()
-        recording = _Recorded(stream)
+        recording = _Recorded(stream, counts, same_iterations)
         stream.begin_capture()
         try:
             with _recording.into(recording):
@@ -91,7 +97,7 @@ def capture(function: Callable[[], Any]) -> Captured:
             if isinstance(error, RuntimeError) and "captur" in str(error).lower():
                 raise NotRecorded(
                     "this work cannot be recorded, because it waits for the device or copies from the host: a solver "
-                    "needs on_failure='ignore' and the sequential way"
+                    "needs on_failure='ignore' and the sequential way, or `same_iterations`"
                 ) from error
             raise
         graph = stream.end_capture()
@@ -147,8 +153,9 @@ def _abandon(stream: Any) -> None:
 class _Recorded:
     """A recording that goes on: its own handle of cuBLAS, since CuPy's does not work while a stream is recorded."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, counts: list[int], rehearsed: bool) -> None:
         self.afterwards: list[Callable[[], None]] = []
+        self.counts, self.rehearsed = list(counts), rehearsed
         xp = _device.xp()
         self._workspace = xp.empty(WORKSPACE, xp.uint8)
         version = xp.cuda.runtime.runtimeGetVersion() // 1000

@@ -1,5 +1,6 @@
 """Sums of columns of a matrix, and how channels lie over threads; see ``kernels/map_columns.cu``."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,27 +24,31 @@ def lanes(dim: int, each: int, most: int) -> int:
     return count
 
 
+@cache
 def _kernel(dtype: str, each: int) -> _device.Kernel:
-    return _device.Kernel.of("map_columns.cu", "columns", {"STORE": store(dtype), "EACH": each})
+    out = "float32" if dtype in ("bfloat16", "float16") else dtype
+    return _device.Kernel.of(
+        "map_columns.cu", "columns", {"STORE": store(dtype), "OUT": store(out), "EACH": each}
+    )
 
 
 def _sums(x: Array, parts: int, side: int) -> Array:
     rows, dim = x.shape
-    out = _shapes.empty_like(x, parts, dim)
-    each = _shapes.each(dim, x, out)
+    out = _device.xp().empty((parts, dim), _shapes.real(x.dtype))
+    each = min(_shapes.each(dim, x), _shapes.each(dim, out))
     side = lanes(dim, each, side)
     sizes = np.int64(rows), np.int32(dim), np.int32(side), np.int32(parts)
     blocks = -(-dim // (each * side)) * parts
-    shared = THREADS * each * x.dtype.itemsize
+    shared = THREADS * each * out.dtype.itemsize
     _device.launch(_kernel(_shapes.name(x.dtype), each), blocks, THREADS, (x, out, *sizes), shared=shared)
     return out
 
 
 def column_sums(x: Array) -> Array:
-    """``x.sum(0)`` of ``x (N, D)``, C-contiguous: the same every time."""
+    """``x.sum(0)`` of ``x (N, D)``, C-contiguous: the same every time. Half precision has sums in float32."""
     rows, dim = x.shape
     if not rows * dim:
-        return _device.xp().zeros(dim, x.dtype)
+        return _device.xp().zeros(dim, _shapes.real(x.dtype))
     across = -(-dim // (LANES * _shapes.each(dim, x)))
     parts = max(1, min(BUSY * _device.multiprocessors() // across, rows // WORTH))
     some = x if parts == 1 else _sums(x, parts, LANES)
@@ -52,4 +57,5 @@ def column_sums(x: Array) -> Array:
 
 def representative() -> list[_device.Kernel]:
     """The kernels that are compiled where there is no device."""
-    return [_kernel("float32", 4), _kernel("float32", 1), _kernel("float64", 2)]
+    shapes = ("float32", 4), ("float32", 1), ("float64", 2), ("bfloat16", 4)
+    return [_kernel(*shape) for shape in shapes]

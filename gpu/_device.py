@@ -7,11 +7,12 @@ first call.
 import ctypes
 import math
 import struct
+import sys
 import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,20 +24,33 @@ STORES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16":
 FLAGS = ("-std=c++17",)
 
 
-class Kernel(NamedTuple):
-    """One kernel for one shape class: a function of a file of `gpu/kernels`, under some macros."""
+class Kernel:
+    """One kernel for one shape class: a function of a file of `gpu/kernels`, under some macros. Equal ones are the same
+    object, so that it is looked up quickly."""
+
+    __slots__ = ("cooperative", "file", "function", "macros")
+    _known: ClassVar[dict[tuple[Any, ...], "Kernel"]] = {}
 
     file: str
     function: str
     macros: tuple[tuple[str, str], ...]
-    cooperative: bool = False
+    cooperative: bool
 
     @classmethod
     def of(
         cls, file: str, function: str, macros: Mapping[str, object], *, cooperative: bool = False
     ) -> "Kernel":
         """Name a kernel; the order of `macros` does not matter."""
-        return cls(file, function, tuple(sorted((k, str(v)) for k, v in macros.items())), cooperative)
+        which = file, function, tuple(sorted((k, str(v)) for k, v in macros.items())), cooperative
+        found = cls._known.get(which)
+        if found is None:
+            found = object.__new__(cls)
+            found.file, found.function, found.macros, found.cooperative = which
+            found = cls._known.setdefault(which, found)
+        return found
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.file}, {self.function}, {self.macros})"
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -72,6 +86,9 @@ def xp() -> Any:
     ImportError
         If it is not installed; the message says how to.
     """
+    found = sys.modules.get("cupy")
+    if found is not None:
+        return found
     try:
         import cupy
     except ImportError as reason:
@@ -251,12 +268,17 @@ def address(array: Any) -> int:
 
 def current() -> int:
     """The number of the current device."""
-    return int(xp().cuda.Device().id)
+    return int(xp().cuda.runtime.getDevice())
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(xp().cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 def multiprocessors() -> int:
     """Number of multiprocessors of the current device."""
-    return int(xp().cuda.Device().attributes["MultiProcessorCount"])
+    return _multiprocessors(current())
 
 
 def resident(kernel: Kernel, threads: int, *, shared: int = 0) -> int:
@@ -279,7 +301,7 @@ def _shared_limit(device: int) -> int:
 def shared_limit() -> int:
     """Bytes of shared memory that a block may have on the current device."""
     cuda = getattr(xp(), "cuda", None)
-    return SHARED_LIMIT if cuda is None else _shared_limit(cuda.Device().id)
+    return SHARED_LIMIT if cuda is None else _shared_limit(current())
 
 
 def matmul(a: Any, b: Any, out: Any = None) -> Any:
@@ -315,8 +337,8 @@ def joined(arrays: list[Any], axis: int) -> Any:
     return found
 
 
-# cuBLAS's names of a float32 and a float64, and of what is computed in
-_SINGLE, _DOUBLE = 0, 1
+# cuBLAS's names of dtypes, the bytes of a number, and names of what is computed in
+_KINDS = {"float32": (0, 4), "float64": (1, 8), "bfloat16": (14, 2)}
 _COMPUTE = {
     "float64": "CUBLAS_COMPUTE_64F",
     "float32": "CUBLAS_COMPUTE_32F",
@@ -325,15 +347,20 @@ _COMPUTE = {
 }
 
 
-_ONE_ZERO = {name: np.array([1, 0], name) for name in ("float32", "float64")}
+_ONE_ZERO = {name: np.array([1, 0, 1], name) for name in ("float32", "float64")}
 
 
 @cache
-def _gemm(precision: str) -> tuple[Any, int, int]:
-    """The product, in what it is computed, and where a one and a zero lie."""
+def _gemm(precision: str) -> tuple[Any, int, int, int]:
+    """The product, in what it is computed, where a one and a zero lie, and how far apart."""
     cublas = xp().cuda.cublas
     numbers = _ONE_ZERO["float64" if precision == "float64" else "float32"]
-    return cublas.gemmEx, getattr(cublas, _COMPUTE[precision]), int(numbers.ctypes.data)
+    return cublas.gemmEx, getattr(cublas, _COMPUTE[precision]), int(numbers.ctypes.data), numbers.itemsize
+
+
+@cache
+def _kind(dtype: Any) -> tuple[int, int]:
+    return _KINDS[np.dtype(dtype).name]
 
 
 def product(
@@ -343,35 +370,47 @@ def product(
     *,
     transposed: tuple[bool, bool] = (False, False),
     precision: str = "float32",
+    add: bool = False,
 ) -> Any:
     """The product of two matrices, each of which may be taken transposed.
 
     Parameters
     ----------
     a, b : arrays of two axes
-        float32 or float64. Rows are contiguous, and may lie apart.
+        float32, float64, or one or both bfloat16, as which the other is taken then. Rows are contiguous, and may lie
+        apart.
     out : array, optional
-        C-contiguous.
+        Its rows alike; for bfloat16 that or float32, which is the dtype of what is returned without.
     transposed : pair of bool
     precision : str
         Of `fpnumba.gpu.use_precision`.
+    add : bool
+        Whether the product is added to what `out` has.
 
     Returns
     -------
     array
     """
     array = xp()
-    if not hasattr(array, "cuda"):
-        return array.matmul(a.T if transposed[0] else a, b.T if transposed[1] else b, out=out)
+    small = a.dtype.itemsize == 2 or b.dtype.itemsize == 2
+    if small and a.dtype != b.dtype:
+        a, b = (m if m.dtype.itemsize == 2 else m.astype(o.dtype) for m, o in ((a, b), (b, a)))
     (rows, inner), columns = a.shape[:: -1 if transposed[0] else 1], b.shape[0 if transposed[1] else 1]
     if out is None:
-        out = array.empty((rows, columns), a.dtype)
+        out = array.empty((rows, columns), np.float32 if small else a.dtype)
     if 0 in (rows, inner, columns):
-        out[...] = 0
+        if not add:
+            out[...] = 0
+        return out
+    if not hasattr(array, "cuda"):
+        if small:
+            a, b = a.astype(np.float32), b.astype(np.float32)
+        found = array.matmul(a.T if transposed[0] else a, b.T if transposed[1] else b)
+        out[...] = out + found if add else found
         return out
     double = a.dtype == np.float64
-    gemm, compute, one_zero = _gemm("float64" if double else precision)
-    kind, size = (_DOUBLE, 8) if double else (_SINGLE, 4)
+    gemm, compute, one_zero, apart = _gemm("float64" if double else "float32" if small else precision)
+    (a_kind, a_size), (b_kind, b_size), (kind, size) = _kind(a.dtype), _kind(b.dtype), _kind(out.dtype)
     now = recording()
     if now is not None:
         gemm, handle = now.gemm, 0
@@ -380,9 +419,10 @@ def product(
     # cuBLAS has columns where we have rows: the transposed product
     gemm(
         *(handle, int(transposed[1]), int(transposed[0]), columns, rows, inner),
-        *(one_zero, b.data.ptr, kind, max(b.strides[0] // size, 1)),
-        *(a.data.ptr, kind, max(a.strides[0] // size, 1)),
-        *(one_zero + size, out.data.ptr, kind, columns, compute, -1),
+        *(one_zero, b.data.ptr, b_kind, max(b.strides[0] // b_size, 1)),
+        *(a.data.ptr, a_kind, max(a.strides[0] // a_size, 1)),
+        *(one_zero + apart * (2 if add else 1), out.data.ptr, kind, max(out.strides[0] // size, columns)),
+        *(compute, -1),
     )
     return out
 

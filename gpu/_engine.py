@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
+
 ENGINES = ("raw", "numba")
 
 _engine: ContextVar[str | None] = ContextVar("fpnumba_engine", default=None)
@@ -70,7 +72,8 @@ def use_precision(name: str) -> Iterator[None]:
     """Multiply float32 matrices of layers in another precision inside a ``with`` block, in this thread and context.
 
     Sums are float32 always. ``tf32`` rounds the factors to eleven bits, ``bfloat16`` to eight, on tensor cores; float64
-    stays what it is. The products of the mixers ``fixed`` and ``dense`` are not concerned.
+    stays what it is. With ``bfloat16``, products that only kernels read, arguments of mixers and gates, are stored so
+    too. The products of the mixers ``fixed`` and ``dense`` are not concerned.
 
     Parameters
     ----------
@@ -95,6 +98,15 @@ def use_precision(name: str) -> Iterator[None]:
         yield
     finally:
         _precision.reset(token)
+
+
+def operand(dtype: Any) -> Any:
+    """The dtype in which products take their factors."""
+    if dtype != np.float32 or precision() != "bfloat16":
+        return dtype
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def precision() -> str:

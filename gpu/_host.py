@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpnumba.gpu import _device
+from fpnumba.gpu._recording import recording
 
 NO_DRIVER = (
     "the GPU room needs an NVIDIA driver, and there is none on this machine (nvidia-smi would show it)"
@@ -99,10 +100,10 @@ def at(device: int) -> AbstractContextManager[Any]:
 
 def later(*arrays: Any) -> list[Callable[[], NDArray[Any]]]:
     """For each array what fetches it once everything launched so far on the current stream is done; nothing waits
-    now."""
+    now. What is recorded is fetched behind what was launched last on the stream that is current then."""
     if isinstance(arrays[0], np.ndarray):
         return [lambda array=array: array for array in arrays]  # type: ignore[misc]
-    stream = xp().cuda.get_current_stream()
+    stream = None if recording() is not None else xp().cuda.get_current_stream()
 
     def fetch(array: Any) -> NDArray[Any]:
         with at(array.device.id):

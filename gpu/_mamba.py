@@ -53,7 +53,12 @@ class Layout(NamedTuple):
 
     def kernel(self, name: str, function: str = "") -> _device.Kernel:
         """A kernel of the file `name`; the one of that name unless told."""
-        macros = {
+        return _kernel(self, name, function)
+
+    @property
+    def macros(self) -> dict[str, object]:
+        """Those of all kernels."""
+        return {
             "STORE": store(self.dtype),
             "RANK": self.rank,
             "PRODUCT": int(self.product),
@@ -67,11 +72,6 @@ class Layout(NamedTuple):
             "MADE": int(self.act is not None),
             "ACT": ACTS[self.act],
         }
-        if name == "mamba_pull":
-            macros["RATES_SHARED"] = int(self.rates > 0)
-        if name != "mamba_rows":
-            macros["RESIDENT"] = self.resident
-        return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
     @property
     def group(self) -> int:
@@ -94,6 +94,14 @@ class Layout(NamedTuple):
         warps = self.threads // 32
         each = [n if warps == 1 else 2 * n * warps for n in sums]
         return (3 * self.states + more + sum(each)) * self._real
+
+
+@lru_cache(1024)
+def _kernel(one: Layout, name: str, function: str) -> _device.Kernel:
+    macros = {**one.macros, "RESIDENT": one.resident}
+    if name == "mamba_pull":
+        macros["RATES_SHARED"] = int(one.rates > 0)
+    return _device.Kernel.of(f"{name}.cu", function or name, macros)
 
 
 @lru_cache(256)
@@ -223,6 +231,17 @@ class Arguments(NamedTuple):
             width += array.shape[2] if seen else 0
         width += 0 if self.step_argument is None else self.step_argument.shape[2]
         return tuple(np.int32(n) for n in (width, self.mixer.shape[2], *at))
+
+    @property
+    def cotangents(self) -> tuple[tuple[np.int32, ...], int]:
+        """Where the cotangents of all arguments of a row stand if those of what sees ``y_{t-1}`` come first, as in
+        `stacked`: of `mixer`, `b` and `c`; and how many they are."""
+        width, _, *at = self.places
+        total, places = int(width), []
+        for place, array in zip(at, (self.mixer, self.b, self.c), strict=True):
+            places.append(place if place >= 0 else np.int32(total))
+            total += array.shape[2] if place < 0 else 0
+        return tuple(places), total
 
     @property
     def numbers(self) -> tuple[np.float64, np.float64, np.float64]:
@@ -355,7 +374,7 @@ def solve_made(
 class _Back:
     """The kernel `mamba_pull`, and what it adds up over the steps."""
 
-    def __init__(self, s: System, one: Layout, batch: int, steps: int) -> None:
+    def __init__(self, s: System, one: Layout, batch: int, steps: int, *, given: bool = False) -> None:
         xp, dim, size, dtype = _device.xp(), s.x.shape[-1], s.B.shape[-1], s.x.dtype
         self.blocks = min(batch, one.resident * _device.multiprocessors())
         self.rates = xp.zeros((self.blocks, dim) if one.heads else (self.blocks, dim, size), dtype)
@@ -365,7 +384,9 @@ class _Back:
         self._shared = one.shared(3 * one.rank + one.rates + 2 * one.channels * one.threads, *sums)
         self._kernel, self._threads = one.kernel("mamba_pull"), one.threads
         self._system, self._one = s, one
-        self.z, self.u_bar, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(3))
+        self.z, self.delta_bar = (xp.empty((batch, steps, dim), dtype) for _ in range(2))
+        # of a mixer that is given; through one that is made, the kernel goes on
+        self.u_bar = _shapes.empty_like(self.z) if given else None
         self.gate_bar = None if s.gate is None else _shapes.empty_like(self.z)
         self.B_bar, self.C_bar = _shapes.empty_like(s.B), _shapes.empty_like(s.C)
         weight, _, eps = norm_of(s)
@@ -421,7 +442,7 @@ def pull(
 ) -> tuple[Bars, Array]:
     """The cotangents of one step; ``y`` of them is ``z``. `rtol` and `max_iter` are of no use: nothing iterates."""
     batch, s, (past, G) = len(s.x), _aligned(s), _shapes.aligned(past, G)
-    back = _Back(s, _layout(s), batch, 1)
+    back = _Back(s, _layout(s), batch, 1, given=True)
     before = back.go(0, past, G, y, y_bar, None, _NOT_MADE)
     params = mixers.cotangent(s.kind, s.params, s.x - y, back.u_bar)
     bars = back.bars(params, mixers.apply_transpose(s.kind, s.params, back.u_bar), before)
@@ -473,24 +494,33 @@ def at(array: Array, t: int) -> Array:
 
 def states(s: System, u: Array, first: int, last: int, state: Array) -> list[Array]:
     """The states before the steps `first` to `last`; `state` is that before the first, and ``u = Q (x - y) + y``."""
-    count, (batch, steps, dim), size = last - first - 1, u.shape, s.B.shape[-1]
-    if count < 1:
-        return [state]
+    return [state, *later_states(s, u, first, last - 1, state)]
+
+
+def later_states(s: System, u: Array, first: int, last: int, state: Array) -> Array:
+    """The states after the steps `first` to `last`, (last - first, B, D, N); `state` is that before the first."""
+    count, (batch, steps, dim), size = max(0, last - first), u.shape, s.B.shape[-1]
+    after = _shapes.empty_like(u, count, *state.shape)
     of = layout(_shapes.name(u.dtype), 1, False, 0, False, s.A.ndim == 1, dim, size)
     of = of._replace(threads=STATE_THREADS, channels=1)
     if of.states > MOST_STATES:
-        found = [state]
-        for t in range(first, last - 1):
+        for t in range(first, last):
             now, delta, B, C = (at(a, t) for a in (u, s.delta, s.B, s.C))
-            found.append(scan.selective_scan(now, delta, s.A, B, C, None, found[-1])[1])
-        return found
-    after = _shapes.empty_like(u, count, *state.shape)
-    u, A, B, before = _shapes.aligned(u, s.A, s.B, state)
-    sizes = np.int64(batch), np.int64(steps), np.int64(first), np.int64(count), np.int32(dim), np.int32(size)
-    arguments = (u, s.delta, A, B, before, after, *sizes, _heads(s))
-    blocks = batch * -(-dim // of.group)
-    _device.launch(of.kernel("mamba_states"), blocks, STATE_THREADS, arguments)
-    return [state, *after]
+            state = after[t - first] = scan.selective_scan(now, delta, s.A, B, C, None, state)[1]
+    elif count:
+        u, A, B, before = _shapes.aligned(u, s.A, s.B, state)
+        sizes = (
+            np.int64(batch),
+            np.int64(steps),
+            np.int64(first),
+            np.int64(count),
+            np.int32(dim),
+            np.int32(size),
+        )
+        arguments = (u, s.delta, A, B, before, after, *sizes, _heads(s))
+        blocks = batch * -(-dim // of.group)
+        _device.launch(of.kernel("mamba_states"), blocks, STATE_THREADS, arguments)
+    return after
 
 
 class Total:

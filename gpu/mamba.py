@@ -7,11 +7,12 @@ other, kernels of the room's scan and mixers are put together here, and an itera
 which the host learns two iterations late, so that the device does not wait for it.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpnumba.gpu import _device, _mamba, _mamba_kronecker, mixers, scan
+from fpnumba.gpu import _device, _mamba, _mamba_kronecker, _mamba_kronecker_rows, _shapes, mixers, scan
 from fpnumba.gpu._look import wild
 from fpnumba.gpu._mamba import Arguments
 from fpnumba.gpu._mamba_rows import Application
@@ -28,13 +29,16 @@ __all__ = [
     "Solved",
     "System",
     "application_vjp",
+    "every_state",
     "iterate",
+    "keep_made",
     "makes",
     "normalize",
     "normalize_vjp",
     "pull_made",
     "pullback",
     "solve",
+    "solve_alone",
     "solve_made",
 ]
 
@@ -42,6 +46,8 @@ Array = Any
 
 # Steps between two states that a pullback keeps.
 SPAN = 16
+# Bytes of states whose steps are solved each by itself at once.
+ALONE_BYTES = 2**29
 # An iteration that goes back and forth, so many times without getting closer, is damped by half.
 PATIENCE = 4
 # Changes of an adjoint that have grown so much since the first will not shrink; what is found without the step's own
@@ -62,6 +68,21 @@ def iterate(system: System, initial: Array | None, y: Array) -> Array:
 def application_vjp(system: System, initial: Array | None, y: Array, new_bar: Array) -> Bars:
     """Cotangents of `iterate`; see `fpnumba.reference.mamba.application_vjp`."""
     return reference.application_vjp(system, initial, y, new_bar, _Doors)
+
+
+def every_state(system: System, y: Array, state: Array) -> tuple[Array, Array]:
+    """The state before every step at the outputs ``y (B, T, D)``, (B, T, D, N), and that after the last."""
+    after = _mamba.later_states(system, reference.channel_mix(system, y, mixers), 0, y.shape[1], state)
+    return _before(state, after), after[-1]
+
+
+def _before(state: Array, after: Array) -> Array:
+    """Of the states after every step those before, sequence by sequence."""
+    count, batch, *shape = after.shape
+    found = _shapes.empty_like(after, batch, count, *shape)
+    found[:, 0] = state
+    found[:, 1:] = after[:-1].swapaxes(0, 1)
+    return found
 
 
 def at_step(s: System, t: int) -> System:
@@ -181,9 +202,11 @@ def _solve_step(
 
 
 def makes(system: System, activation: str) -> bool:
-    """Whether `solve_made` serves a system whose mixers are made from arguments with this activation."""
-    module = _mamba_kronecker if system.kind == "kronecker" else _mamba
-    return bool(module.makes(system, activation))
+    """Whether `solve_made` and `Application` serve a system whose mixers this activation makes from arguments."""
+    if system.kind == "kronecker":
+        made = _mamba_kronecker.makes(system, activation)
+        return bool(made and _mamba_kronecker_rows.fits(system))
+    return bool(_mamba.makes(system, activation))
 
 
 def solve_made(
@@ -226,6 +249,131 @@ def solve_made(
     y, state, iterations, residual, met, made = solved(system, given, initial, keep=keep, **options)
     status = _status(system, initial[1], y, state, met)
     return y, state, (iterations, residual, status), made
+
+
+class Alone(NamedTuple):
+    """Steps that were solved each by itself.
+
+    Attributes
+    ----------
+    steps : slice
+    y : (B, n, D) array
+    status : (B, n) int8 array
+    state : (B, D, N) array
+        Before the first of them.
+    after : (n, B, D, N) array
+        The states after them, at the outputs that were given.
+    made
+        Of `solve_made`, with a sequence for every step.
+    """
+
+    steps: slice
+    y: Array
+    status: Array
+    state: Array
+    after: Array
+    made: Any
+
+
+def solve_alone(
+    system: System,
+    given: Arguments,
+    initial: Array,
+    y: Array,
+    before: Array | None,
+    applied: Application,
+    *,
+    keep: bool,
+    **options: Any,
+) -> Iterator[Alone]:
+    """Solve every step by itself, many at once, from the state that the one before leaves at outputs ``y``.
+
+    Parameters
+    ----------
+    system, given, keep, options
+        As for `solve_made`.
+    initial : (B, D, N) array
+    y : (B, T, D) array
+    before : (B, T, D) array or None
+        ``y_{t-1}``; None where nothing sees it.
+    applied : Application
+        At `y`.
+
+    Yields
+    ------
+    Alone
+        Some of the steps, in order.
+    """
+    xp, (batch, steps, dim), size = _device.xp(), y.shape, initial.shape[-1]
+    state, together = initial, max(1, ALONE_BYTES // max(1, initial.nbytes))
+    for first in range(0, steps, together):
+        here = slice(first, min(first + together, steps))
+        after, many = applied.states(here.start, here.stop, state), here.stop - here.start
+        count = batch * many
+
+        def alone(array: Any, here: slice = here, count: int = count) -> Any:
+            if array is None:
+                return None
+            return xp.ascontiguousarray(array[:, here]).reshape(count, 1, *array.shape[2:])
+
+        def room(array: Any, count: int = count) -> Any:
+            return xp.empty((count, 1, *array.shape[2:]), array.dtype)
+
+        params = tuple(p[:0] if system.kind == "kronecker" else room(p) for p in system.params)
+        changed = {"x": alone(system.x), "delta": alone(applied.delta), "gate": alone(system.gate)}
+        s = system._replace(params=params, B=room(system.B), C=room(system.C), **changed)
+        own = given._replace(mixer=alone(given.mixer), b=alone(given.b), c=alone(given.c))
+        own = own._replace(step_argument=alone(given.step_argument))
+        past = alone(y if before is None else before).reshape(count, dim)
+        states = _before(state, after).reshape(count, dim, size)
+        found, _, (_, _, status), made = solve_made(s, own, (past, states), keep=keep, **options)
+        shape = batch, many
+        yield Alone(here, found.reshape(*shape, dim), status.reshape(shape), state, after, made)
+        state = after[-1]
+
+
+def keep_made(
+    system: System, given: Arguments, initial: Array, y: Array, before: Array | None, applied: Application
+) -> Any:
+    """What `solve_made` would have kept, at outputs that were found in another way.
+
+    Parameters
+    ----------
+    system, given, initial, y, before, applied
+        As for `solve_alone`.
+
+    Returns
+    -------
+    made
+        For `pull_made`.
+    """
+    batch, steps, _ = y.shape
+    span = max(1, -(-steps * initial.nbytes // _mamba.KEPT_BYTES))
+    kept: list[Array] = []
+    parts: list[Any] = []
+    options = {"rtol": 1e-3, "max_iter": 1}  # what is found is not looked at
+    for one in solve_alone(system, given, initial, y, before, applied, keep=True, **options):
+        for k, t in enumerate(range(one.steps.start, one.steps.stop)):
+            if t % span == 0:
+                past = one.after[k - 1] if k else one.state
+                kept.append(past if span == 1 else past.copy())
+        parts.append(one.made)
+
+    def whole(of: Any) -> Any:
+        found = [of(made) for made in parts]
+        if found[0] is None:
+            return None
+        shaped = [a.reshape(batch, len(a) // batch, *a.shape[2:]) for a in found]
+        return shaped[0] if len(shaped) == 1 else _device.joined(shaped, 1)
+
+    B, C = (whole(lambda made, name=name: getattr(made.system, name)) for name in ("B", "C"))
+    s = system._replace(delta=applied.delta, B=B, C=C)
+    about = whole(lambda made: made.arguments), whole(lambda made: made.norms)
+    if system.kind == "kronecker":
+        return _mamba_kronecker.Made(s, *about, kept, span, applied.mixed if span > 1 else None)
+    params = tuple(whole(lambda made, i=i: made.system.params[i]) for i in range(2))
+    seen = whole(lambda made: made.seen)
+    return _mamba.Made(s._replace(params=params), *about, seen, kept, span)
 
 
 def pull_made(
@@ -328,7 +476,7 @@ def pullback(
     spans = [start]
     for begin in ends[1:-1]:
         # the state before the step after the span
-        spans.append(_mamba.states(s, u, begin - SPAN, begin + 1, spans[-1])[-1])
+        spans.append(_mamba.later_states(s, u, begin - SPAN, begin, spans[-1])[-1])
     pull = _mamba.pull if steps and _mamba.serves(s) else _pull_step
     for begin, end, state in reversed(list(zip(ends, ends[1:], spans, strict=False))):
         pasts = _mamba.states(s, u, begin, end, state)

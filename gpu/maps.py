@@ -11,8 +11,10 @@ from fpnumba.gpu import _device, _shapes
 from fpnumba.gpu._advance import advance
 from fpnumba.gpu._columns import column_sums
 from fpnumba.gpu._conv import conv, conv_vjp
+from fpnumba.gpu._engine import operand as taken
 from fpnumba.gpu._engine import precision
 from fpnumba.gpu._norm import rms_norm, rms_norm_vjp
+from fpnumba.gpu._recording import rehearsed, took
 from fpnumba.gpu._report import store
 
 __all__ = [
@@ -34,20 +36,25 @@ __all__ = [
     "monarch_block_vjp",
     "normalize",
     "normalize_vjp",
+    "operand",
     "product",
+    "rehearsed",
     "rms_norm",
     "rms_norm_vjp",
     "scatter_rows",
     "softplus",
     "softplus_vjp",
+    "took",
+    "weight",
+    "weight_vjp",
 ]
 
 Array = Any
 
 # Rows at least so wide have a block each; narrower ones a warp, and this many share a block.
 WIDE, BLOCK, ROWS = 512, 256, 4
-# Threads of a matrix.
-THREADS = 256
+# Threads of a matrix, and of a block where every thread has a few numbers; rows of such a block where there are any.
+THREADS, WIDTH, ROWS_EACH = 256, 256, 8
 
 
 # Elements of a table of indices against rows at most.
@@ -99,43 +106,63 @@ def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
     return xp.where(x > 0, ybar, 0) if name == "relu" else ybar
 
 
-def gated(z: Array, y: Array) -> Array:
-    """``silu(z) * y``, in one pass."""
-    if hasattr(_device.xp(), "cuda"):
-        return _elementwise("T z, T y", "T out", "out = z / (1 + exp(-z)) * y")(z, y)
-    return activate("silu", z) * y
+@cache
+def _gate(name: str, dtype: str, said: str, out: str, each: int) -> _device.Kernel:
+    macros = {"STORE": store(dtype), "SAID": store(said), "OUT": store(out), "EACH": each, "ACT": 2}
+    return _device.Kernel.of("map_gate.cu", name, macros)
 
 
-_GATED_VJP = """
-    const T s = 1 / (1 + exp(-z));
-    zbar = bar * y * s * (1 + z * (1 - s));
-    ybar = bar * (z * s)
-"""
+def _launch_gate(name: str, z: Array, fed: Array | None, y: Array, bars: tuple[Array, ...], out: Any) -> None:
+    first = out[0]
+    if fed is not None and fed.dtype != z.dtype:
+        fed = fed.astype(z.dtype)
+    each = _shapes.each(z.size, y, *bars, *out[1:])
+    while any(a is not None and _device.address(a) % (each * a.itemsize) for a in (z, fed, first)):
+        each //= 2
+    kernel = _gate(name, *(_shapes.name(d) for d in (y.dtype, z.dtype, first.dtype)), each)
+    arguments = (z, fed, y, *bars, *out, np.int64(z.size))
+    _device.launch(kernel, -(-z.size // (WIDTH * each)), WIDTH, arguments)
 
 
-def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
-    """Cotangents of `z` and `y` of :func:`gated`, in one pass."""
-    if hasattr(_device.xp(), "cuda"):
-        found: tuple[Array, Array] = _elementwise("T z, T y, T bar", "T zbar, T ybar", _GATED_VJP)(z, y, bar)
-        return found
-    return activate_vjp("silu", z, bar * y), bar * activate("silu", z)
+def gated(z: Array, y: Array, fed: Array | None = None, *, operand: bool = False) -> Array:
+    """``silu(z + fed) * y``, in one pass; with `operand` as products take it."""
+    out = _device.xp().empty(z.shape, taken(y.dtype) if operand else y.dtype)
+    _launch_gate("gate", z, fed, y, (), (out,))
+    return out
+
+
+def gated_vjp(
+    z: Array, y: Array, bar: Array, fed: Array | None = None, *, operand: bool = False
+) -> tuple[Array, Array]:
+    """Cotangents of `z`, with `operand` as products take it, and `y` of :func:`gated`, in one pass."""
+    zbar = _device.xp().empty(z.shape, taken(y.dtype) if operand else y.dtype)
+    ybar = _shapes.empty_like(y)
+    _launch_gate("gate_vjp", z, fed, y, (bar,), (zbar, ybar))
+    return zbar, ybar
 
 
 def softplus(raw: Array, bias: Array, out: Array | None = None) -> Array:
     """``log(1 + exp(raw + bias))``, into `out` if there is one."""
-    if hasattr(_device.xp(), "cuda"):
-        operation = "const T v = x + b; y = (v > 0 ? v : T(0)) + log1p(exp(-fabs(v)))"
-        into = () if out is None else (out,)
-        return _elementwise("T x, T b", "T y", operation)(raw, bias, *into)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.logaddexp(raw + bias, raw.dtype.type(0), out=out)
+    if out is not None and not out.flags.c_contiguous:
+        out[...] = softplus(_device.xp().ascontiguousarray(raw), bias)
+        return out
+    raw, dim = _device.xp().ascontiguousarray(raw), raw.shape[-1]
+    y, rows = _shapes.empty_like(raw) if out is None else out, raw.size // max(dim, 1)
+    each = _shapes.each(dim, raw, bias, y)
+    kernel, across = _gate("softplus", *(_shapes.name(raw.dtype),) * 3, each), -(-dim // (WIDTH * each))
+    sizes = np.int64(rows), np.int32(dim), np.int32(across)
+    _device.launch(kernel, across * -(-rows // ROWS_EACH), WIDTH, (raw, bias, y, *sizes))
+    return y
 
 
-def softplus_vjp(y: Array, ybar: Array) -> Array:
-    """Cotangent of what :func:`softplus` sees, from its value."""
-    if hasattr(_device.xp(), "cuda"):
-        return _elementwise("T y, T ybar", "T xbar", "xbar = -expm1(-y) * ybar")(y, ybar)
-    return -np.expm1(-y) * ybar
+def softplus_vjp(y: Array, ybar: Array, *, operand: bool = False) -> Array:
+    """Cotangent of what :func:`softplus` sees, from its value; with `operand` as products take it."""
+    y, ybar = (_device.xp().ascontiguousarray(a) for a in (y, ybar))
+    xbar = _device.xp().empty(y.shape, taken(y.dtype) if operand else y.dtype)
+    each, store_ = _shapes.each(y.size, y, ybar), _shapes.name(y.dtype)
+    kernel = _gate("softplus_vjp", store_, store_, _shapes.name(xbar.dtype), each)
+    _device.launch(kernel, -(-y.size // (WIDTH * each)), WIDTH, (y, ybar, xbar, np.int64(y.size)))
+    return xbar
 
 
 _ADAMW = """
@@ -160,16 +187,33 @@ def adamw(
     return (1 - decay) * p - rate * m / (xp.sqrt(v) + eps), m, v
 
 
-def product(a: Array, b: Array, transposed: tuple[bool, bool]) -> Array:
-    """The product of two matrices in the precision of `fpnumba.gpu.use_precision`."""
+def product(
+    a: Array, b: Array, transposed: tuple[bool, bool], out: Array | None = None, *, add: bool = False
+) -> Array:
+    """The product of two matrices in the precision of `fpnumba.gpu.use_precision`, into `out` or added to it."""
     xp = _device.xp()
-    ready = [m if m.shape[1] < 2 or m.strides[1] == m.itemsize else xp.ascontiguousarray(m) for m in (a, b)]
-    return _device.product(*ready, transposed=transposed, precision=precision())
+    a, b = (m if m.shape[1] < 2 or m.strides[1] == m.itemsize else xp.ascontiguousarray(m) for m in (a, b))
+    if a.dtype != b.dtype:
+        a, b = operand(a), operand(b)
+    return _device.product(a, b, out, transposed=transposed, precision=precision(), add=add)
+
+
+def operand(array: Array) -> Array:
+    """The array as products take it, C-contiguous."""
+    dtype, array = taken(array.dtype), _device.xp().ascontiguousarray(array)
+    if array.dtype == dtype:
+        return array
+    out, each = _device.xp().empty(array.shape, dtype), _shapes.each(array.size, array)
+    kernel = _gate("rounded", *(_shapes.name(d) for d in (array.dtype, array.dtype, dtype)), each)
+    sizes = (np.int64(array.size),)
+    _device.launch(kernel, -(-array.size // (WIDTH * each)), WIDTH, (array, out, *sizes))
+    return out
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
+@cache
 def _rows(name: str, dtype: str, dim: int) -> tuple[_device.Kernel, int, int]:
     """The kernel, the rows of a block, and the threads of a row."""
     threads = BLOCK if dim >= WIDE else 32
@@ -199,6 +243,33 @@ def normalize_vjp(u: Array, norm: Array, eps: float, u_bar: Array) -> Array:
     return y_bar
 
 
+def weight(direction: Array, magnitude: Array, out: Array | None = None) -> Array:
+    """``magnitude * direction / ||direction||`` row by row, ``(N, D)`` by ``(N, 1)``, into `out` if there is one."""
+    if out is not None and out.dtype != direction.dtype:
+        out[...] = weight(direction, magnitude)
+        return out
+    found = _shapes.empty_like(direction) if out is None else out
+    _launch_lengths("long_rows", direction, magnitude, found)
+    return found
+
+
+def weight_vjp(direction: Array, magnitude: Array, weight_bar: Array) -> tuple[Array, Array]:
+    """Cotangents of `direction` and `magnitude` of :func:`weight`."""
+    direction_bar, magnitude_bar = _shapes.empty_like(direction), _shapes.empty_like(magnitude)
+    given = direction, magnitude, _device.xp().ascontiguousarray(weight_bar), direction_bar, magnitude_bar
+    _launch_lengths("long_rows_vjp", *given)
+    return direction_bar, magnitude_bar
+
+
+def _launch_lengths(name: str, like: Array, *arrays: Array) -> None:
+    count, dim = like.shape
+    kernel, rows, threads = _rows(name, _shapes.name(like.dtype), dim)
+    shared = 16 * rows * max(1, 2 * threads // 32)
+    sizes = np.int64(count), np.int32(dim)
+    _device.launch(kernel, -(-count // rows), rows * threads, (like, *arrays, *sizes), shared=shared)
+
+
+@cache
 def _factor(name: str, dtype: str, size: int, spectral: bool, flip: bool) -> _device.Kernel:
     macros = {
         "STORE": store(dtype),
@@ -332,9 +403,13 @@ def representative() -> list[_device.Kernel]:
     """The kernels that are compiled where there is no device."""
     found = [
         _rows(name, dtype, dim)[0]
-        for name in ("unit_rows", "unit_rows_vjp")
+        for name in ("unit_rows", "unit_rows_vjp", "long_rows", "long_rows_vjp")
         for dtype, dim in (("float32", 1024), ("float32", 16), ("float64", 64))
     ]
+    for name in ("gate", "gate_vjp", "softplus", "softplus_vjp", "rounded"):
+        found.append(_gate(name, "float32", "float32", "float32", 4))
+        found.append(_gate(name, "float32", "bfloat16", "bfloat16", 4))
+        found.append(_gate(name, "float64", "float64", "float64", 1))
     for name in ("factor", "factor_vjp"):
         found.append(_factor(name, "float32", 32, True, True))
         found.append(_factor(name, "float64", 5, False, False))

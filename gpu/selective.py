@@ -5,7 +5,7 @@ the device. States live in registers; the cotangents keep those at the boundarie
 ever exists. Few sequences are cut into segments of time.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,17 +79,7 @@ class Layout(NamedTuple):
 
     def walk(self, mode: int) -> tuple[_device.Kernel, int]:
         """One of the walks of ``selective_scan.cu``, and its shared memory."""
-        macros = {
-            **self.macros,
-            "MODE": mode,
-            "TILE": self.tile,
-            "AHEAD": AHEAD,
-            "CHUNK": self.chunk if mode == KEEP else 1,
-            "MINBLOCKS": (BUSY if self.real == 4 else BUSY - 1) if self.states <= STATES else 1,
-        }
-        rows = 2 if mode == VALUE else 1
-        shared = 2 * rows * self.tile * self.slots * self.real
-        return _device.Kernel.of("selective_scan.cu", "walk", macros), shared
+        return _walk(self, mode)
 
     def join(self) -> _device.Kernel:
         """What puts segments of time together."""
@@ -98,11 +88,32 @@ class Layout(NamedTuple):
 
     def pull(self) -> _device.Kernel:
         """The gradient."""
-        few = 2 if self.states <= STATES else 1
-        macros = {**self.macros, "CHUNK": self.chunk, "MINBLOCKS": few}
-        return _device.Kernel.of("selective_pull.cu", "pull", macros)
+        return _pull(self)
 
 
+@lru_cache(256)
+def _walk(one: Layout, mode: int) -> tuple[_device.Kernel, int]:
+    macros = {
+        **one.macros,
+        "MODE": mode,
+        "TILE": one.tile,
+        "AHEAD": AHEAD,
+        "CHUNK": one.chunk if mode == KEEP else 1,
+        "MINBLOCKS": (BUSY if one.real == 4 else BUSY - 1) if one.states <= STATES else 1,
+    }
+    rows = 2 if mode == VALUE else 1
+    shared = 2 * rows * one.tile * one.slots * one.real
+    return _device.Kernel.of("selective_scan.cu", "walk", macros), shared
+
+
+@lru_cache(256)
+def _pull(one: Layout) -> _device.Kernel:
+    few = 2 if one.states <= STATES else 1
+    macros = {**one.macros, "CHUNK": one.chunk, "MINBLOCKS": few}
+    return _device.Kernel.of("selective_pull.cu", "pull", macros)
+
+
+@cache
 def _add_up(dtype: str) -> _device.Kernel:
     macros = {"STORE": store(dtype), "HEADS": 0, "SPREAD": 1, "STATES": 1, "THREADS": 32}
     return _device.Kernel.of("selective_pull.cu", "add_up", {**macros, "CHUNK": 1, "MINBLOCKS": 1})

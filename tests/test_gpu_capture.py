@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fpnumba import gpu, nn
+from fpnumba.nn import ways
 from fpnumba.solve import Adjoint, Solver
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,62 @@ def test_a_layer_with_a_kronecker_mixer(d_inner: int, rng: Any) -> None:
     np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=1e-4)
     for name, value in grads.items():
         np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("mixer", ["householder", "kronecker"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradient", ["one-step", "all steps", "given up"])
+def test_the_parallel_way(
+    mixer: str, precision: str, gradient: str, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many iterations as the first run took, and a status of what they find; its decisions, too."""
+    import cupy
+
+    monkeypatch.setattr(ways, "affordable_back", lambda *sizes: 100)
+    if gradient == "given up":  # and so made step after step
+        monkeypatch.setattr(ways, "_needed", lambda history, rtol: 1e3)
+    exact = Adjoint(rtol=1e-6, on_failure="ignore")
+
+    rule: dict[str, Any] = {"criterion": "published", "rtol": 0.05, "quantile": 0.75, "on_failure": "ignore"}
+    layer = nn.FPMamba(
+        12,
+        d_state=8,
+        mixer=mixer,
+        alpha_max=0.5,
+        solver=Solver("parallel", **rule, damping=0.9),
+        adjoint=Adjoint("one-step") if gradient == "one-step" else exact,
+        train_mode=True,
+    )
+    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
+    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
+    record: list[Any] = []
+
+    def both() -> Any:
+        record.clear()
+        y, pullback = layer.vjp(params, x, record=record)
+        return y, *pullback(y)
+
+    with gpu.use_precision(precision):
+        with pytest.raises(gpu.NotRecorded, match="same_iterations"):
+            gpu.capture(both)
+        again = gpu.capture(both, same_iterations=True)
+        (told,) = record
+        found = again()
+        nothing = gpu.capture(both, same_iterations=True)
+        (lost,) = record
+        y, grads, x_bar = both()
+    assert list(told.iterations) == list(record[0].iterations)
+    assert list(told.status) == list(record[0].status)
+    np.testing.assert_allclose(told.residual, record[0].residual, rtol=1e-4)
+    # the products of a recording may add up in another order, and eight bits be rounded to others then
+    eps = 1e-6 if precision == "float32" else 1e-4
+    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=eps)
+    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=10 * eps)
+    for name, value in grads.items():
+        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=100 * eps, err_msg=name)
+    x[...] = cupy.nan
+    nothing()
+    assert not lost.converged.any()
 
 
 def test_what_waits_is_refused() -> None:

@@ -13,7 +13,7 @@ from fpnumba.gpu import _device, _report
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no g++: CUDA C is not run on the CPU")
 
 TRIALS = _device.Kernel.of(str(Path(simt.__file__).with_name("trials.cu")), "trial", {"STORE": "float"})
-TOGETHER = TRIALS._replace(cooperative=True)
+TOGETHER = _device.Kernel.of(TRIALS.file, "trial", {"STORE": "float"}, cooperative=True)
 IN_CLUSTERS = _device.Kernel.of(TRIALS.file, "trial", {"STORE": "float", "CLUSTER": 4})
 # the other way of switching between threads, which other machines take
 BY_UCONTEXT = _device.Kernel.of(TRIALS.file, "trial", {"STORE": "float", "SIMT_UCONTEXT": 1})

@@ -62,8 +62,8 @@ def silu_vjp(x: Array, ybar: Array) -> Array:
     return activate_vjp("silu", x, ybar)
 
 
-def gated(z: Array, y: Array) -> Array:
-    """``silu(z) * y``.
+def gated(z: Array, y: Array, fed: Array | None = None, *, operand: bool = False) -> Array:
+    """``silu(z + fed) * y``; with `operand` as products take it.
 
     Examples
     --------
@@ -72,11 +72,15 @@ def gated(z: Array, y: Array) -> Array:
     >>> gated(np.zeros(2), np.ones(2))
     array([0., 0.])
     """
-    out: Array = backend.kernels(z).gated(backend.contiguous(z), backend.contiguous(y))
+    z, y = backend.contiguous(z), backend.contiguous(y)
+    out: Array = backend.kernels(z).gated(z, y, fed, operand=operand)
     return out
 
 
-def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
-    """Cotangents of ``z`` and ``y`` of :func:`gated`."""
-    found: tuple[Array, Array] = backend.kernels(z).gated_vjp(*(backend.contiguous(a) for a in (z, y, bar)))
+def gated_vjp(
+    z: Array, y: Array, bar: Array, fed: Array | None = None, *, operand: bool = False
+) -> tuple[Array, Array]:
+    """Cotangents of ``z``, with `operand` as products take it, and ``y`` of :func:`gated`."""
+    z, y, bar = (backend.contiguous(a) for a in (z, y, bar))
+    found: tuple[Array, Array] = backend.kernels(z).gated_vjp(z, y, bar, fed, operand=operand)
     return found

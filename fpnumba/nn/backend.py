@@ -71,15 +71,56 @@ def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
     return found
 
 
-def product(a: Array, b: Array, *, transposed: tuple[bool, bool] = (False, False)) -> Array:
-    """The product of two matrices, each of which may be taken transposed.
+def product(
+    a: Array,
+    b: Array,
+    *,
+    transposed: tuple[bool, bool] = (False, False),
+    out: Array | None = None,
+    add: bool = False,
+) -> Array:
+    """The product of two matrices, each of which may be taken transposed; into `out`, or added to what that has.
 
-    On a GPU in the precision of `fpnumba.gpu.use_precision`.
+    On a GPU in the precision of `fpnumba.gpu.use_precision`; rows may lie apart.
     """
-    if on_host(a):
-        found: Array = (a.T if transposed[0] else a) @ (b.T if transposed[1] else b)
-        return found
-    return kernels(a).product(a, b, transposed)  # type: ignore[no-any-return]
+    if not on_host(a):
+        return kernels(a).product(a, b, transposed, out, add=add)  # type: ignore[no-any-return]
+    left, right = a.T if transposed[0] else a, b.T if transposed[1] else b
+    if out is None or add:
+        found: Array = left @ right
+        if out is None:
+            return found
+        out += found
+        return out
+    return np.matmul(left, right, out=out)
+
+
+def add_to_past(y_bar: Array, fed_bar: Array, weight: Array) -> None:
+    """Add to the cotangents of ``y_{t-1}`` what step ``t`` says, ``fed_bar (B T, n) weight (n, D)``.
+
+    In one product, which reaches over the ends of sequences, where it is taken back.
+    """
+    ends, flat = y_bar[:, -1].copy(), y_bar.reshape(-1, y_bar.shape[-1])
+    product(fed_bar[1:], weight, out=flat[:-1], add=True)
+    y_bar[:, -1] = ends
+
+
+def operand(array: Array) -> Array:
+    """The array as :func:`product` takes it: on a GPU in the precision asked for, rounded once for several products."""
+    if on_host(array):
+        return array
+    found: Array = kernels(array).operand(array)
+    return found
+
+
+def plus(total: Array | None, part: Array) -> Array:
+    """Their sum, where None is nothing."""
+    if total is None:
+        return part
+    if total.dtype.itemsize == 2:  # as products take it
+        total, part = total.astype(np.float32), part.astype(np.float32)
+    found: Array = total + part
+    return found
 
 
 def column_sums(x: Array) -> Array:
@@ -95,3 +136,21 @@ def recorded(array: Array) -> bool:
     from fpnumba.gpu import recording
 
     return recording() is not None
+
+
+def repeated(array: Array) -> bool:
+    """Whether work on this array is recorded, or run before it is: it has to be the same work both times."""
+    if on_host(array):
+        return False
+    from fpnumba.gpu import _recording
+
+    return _recording.recording() is not None or _recording.rehearsal()
+
+
+def blind(array: Array) -> bool:
+    """Whether work on this array is recorded, and no run before has told what it looks at."""
+    if on_host(array):
+        return False
+    from fpnumba.gpu import _recording
+
+    return _recording.blind()

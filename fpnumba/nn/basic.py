@@ -45,6 +45,11 @@ def rows(x: Array) -> Array:
     return contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def flat(x: Array) -> Array:
+    """The same of an array whose rows may lie apart, as :func:`fpnumba.nn.backend.product` takes them."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 class Linear:
     """``y = x W^T + b``.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fpnumba.nn import backend
-from fpnumba.nn.backend import column_sums, contiguous, product
+from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import Params, ShortConv, part, rows, under, uniform
 from fpnumba.nn.matrix_layer import Front, MatrixStateLayer, convolved, step_bias
 from fpnumba.nn.matrix_state import MatrixBars, Steps
@@ -189,33 +190,30 @@ class FPMamba(MatrixStateLayer):
         }
 
     def _front(self, params: Params, x: Array, window: Array | None) -> Front:
-        inner, size, flat = self.d_inner, self.d_state, rows(x)
+        inner, size, flat = self.d_inner, self.d_state, rows(backend.operand(x))
         shape = (*x.shape[:2], inner)
-        xz = product(flat, params["in_proj.weight"], transposed=(False, True))
-        if self.bias:
-            xz = xz + params["in_proj.bias"]
-        raw, z = contiguous(xz[:, :inner]).reshape(shape), xz[:, inner:].reshape(shape)
-        seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
-        projected = product(rows(seen), params["x_proj.weight"], transposed=(False, True)).reshape(
+        weight, halves = backend.operand(params["in_proj.weight"]), (slice(0, inner), slice(inner, 2 * inner))
+        raw, z = (piece.reshape(shape) for piece in self._in_proj(params, weight, halves, flat, 1))
+        driven, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
+        seen, x_proj = backend.operand(driven), backend.operand(params["x_proj.weight"])
+        projected = product(rows(seen), x_proj, transposed=(False, True)).reshape(
             *x.shape[:2], self.dt_rank + 2 * size
         )
         cuts = np.cumsum([self.dt_rank, size])
         dt, b, c = (contiguous(piece) for piece in np.split(projected, cuts, axis=-1))
 
-        def pull(seen_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
-            projected_bar = rows(backend.joined([bars["lambda"], bars["b"], bars["c"]], axis=-1))
+        def pull(driven_bar: Array, z_bar: Array, bars: dict[str, Array]) -> tuple[Params, Array]:
+            told = [bars["lambda"], bars["b"], bars["c"]]
+            projected_bar = rows(backend.operand(backend.joined(told, axis=-1)))
             grads: Params = {"x_proj.weight": product(projected_bar, rows(seen), transposed=(True, False))}
-            seen_bar = seen_bar + product(projected_bar, params["x_proj.weight"]).reshape(shape)
+            product(projected_bar, x_proj, out=rows(driven_bar), add=True)
             if pull_conv is not None:
-                found, seen_bar = pull_conv(seen_bar)
+                found, driven_bar = pull_conv(driven_bar)
                 grads |= under(found, "conv1d")
-            xz_bar = backend.joined([rows(seen_bar), rows(z_bar)], axis=1)
-            grads["in_proj.weight"] = product(xz_bar, flat, transposed=(True, False))
-            if self.bias:
-                grads["in_proj.bias"] = column_sums(xz_bar)
-            return grads, product(xz_bar, params["in_proj.weight"])
+            more, input_bar = self._in_proj_vjp(params, weight, halves, flat, (driven_bar, z_bar))
+            return grads | more, input_bar
 
-        return Front(seen, contiguous(z), {"b": b, "c": c, "lambda": dt}, after, pull)
+        return Front(driven, seen, z, {"b": b, "c": c, "lambda": dt}, after, pull)
 
 
 class FPMamba2(MatrixStateLayer):
@@ -347,15 +345,12 @@ class FPMamba2(MatrixStateLayer):
         }
 
     def _front(self, params: Params, x: Array, window: Array | None) -> Front:
-        inner, size, flat = self.d_inner, self.d_state, rows(x)
-        projected = product(flat, params["in_proj.weight"], transposed=(False, True))
-        if self.bias:
-            projected = projected + params["in_proj.bias"]
-        cuts = np.cumsum([inner, self._mixed])
-        z, raw, dt = (
-            contiguous(piece).reshape(*x.shape[:2], piece.shape[1])
-            for piece in np.split(projected, cuts, axis=1)
-        )
+        inner, size, flat = self.d_inner, self.d_state, rows(backend.operand(x))
+        edges = np.cumsum([0, inner, self._mixed, self.heads])
+        weight = backend.operand(params["in_proj.weight"])
+        parts = [slice(first, last) for first, last in pairwise(edges)]
+        pieces = self._in_proj(params, weight, parts, flat, 0)
+        z, raw, dt = (piece.reshape(*x.shape[:2], piece.shape[1]) for piece in pieces)
         seen, after, pull_conv = convolved(self._conv(), part(params, "conv1d"), raw, window)
         driven, b, c = (contiguous(piece) for piece in np.split(seen, np.cumsum([inner, size]), axis=-1))
 
@@ -365,10 +360,9 @@ class FPMamba2(MatrixStateLayer):
             if pull_conv is not None:
                 found, seen_bar = pull_conv(seen_bar)
                 grads |= under(found, "conv1d")
-            whole_bar = rows(backend.joined([z_bar, seen_bar, bars["lambda"]], axis=-1))
-            grads["in_proj.weight"] = product(whole_bar, flat, transposed=(True, False))
-            if self.bias:
-                grads["in_proj.bias"] = column_sums(whole_bar)
-            return grads, product(whole_bar, params["in_proj.weight"])
+            more, input_bar = self._in_proj_vjp(
+                params, weight, parts, flat, (z_bar, seen_bar, bars["lambda"])
+            )
+            return grads | more, input_bar
 
-        return Front(driven, z, {"b": b, "c": c, "lambda": dt}, after, pull)
+        return Front(driven, backend.operand(driven), z, {"b": b, "c": c, "lambda": dt}, after, pull)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fpnumba.nn import backend
 from fpnumba.nn.activations import check
-from fpnumba.nn.backend import column_sums, contiguous, product, zeros
-from fpnumba.nn.basic import Params, Pullback, Record, part, rows
+from fpnumba.nn.backend import contiguous, product, zeros
+from fpnumba.nn.basic import Params, Pullback, Record, flat, part, rows
 from fpnumba.nn.mixer_maps import FixedMap, make_map
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.projections import Weights
@@ -158,12 +159,21 @@ class FixedPointLayer(ABC):
             return weights, None, None
         return weights, contiguous(weights.first[:, -self.d_inner :]), None
 
-    def _mixer_base(self, weights: Weights, x: Array) -> Array:
-        """``F_x x + bias``."""
+    def _mixer_base(
+        self, weights: Weights, x: Array, seen: Array | None = None, *, said: bool = False
+    ) -> Array:
+        """``F_x x + bias``; `seen` is `x` as products take it, and with `said` the result is alike."""
         if isinstance(self.map, FixedMap):
             return zeros((*x.shape[:2], 0), x)
-        base = product(rows(x), weights.first[:, : self.d_inner], transposed=(False, True))
-        base += weights.bias
+        flat_x, width = rows(x if seen is None else seen), self.d_inner
+        if backend.on_host(x):
+            base = product(flat_x, weights.first[:, :width], transposed=(False, True))
+            weights.add_bias(base)
+        else:
+            first = backend.operand(weights.first)[:, :width]
+            base = backend.empty((len(flat_x), len(first)), flat_x if said else x)
+            product(flat_x, first, transposed=(False, True), out=base)
+            weights.add_bias(base)
         return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(
@@ -175,19 +185,26 @@ class FixedPointLayer(ABC):
         feedback_bar: Array | None,
         total: Weights,
         fixed_bar: Array | None,
+        x_bar: Array | None = None,
+        seen: Array | None = None,
     ) -> tuple[Params, Array]:
-        """Cotangents of the mixer's parameters and of ``x``; those of second factors are in `total` already."""
+        """Cotangents of the mixer's parameters and of ``x``, added to `x_bar`; those of second factors are in `total`
+        already. `seen` is ``x`` as products take it."""
         mixer_params = part(params, "mixer")
         if isinstance(self.map, FixedMap):
             q_bar = zeros((self.d_inner, self.d_inner), x) if fixed_bar is None else fixed_bar
-            return self.map.matrix_vjp(mixer_params, q_bar), np.zeros_like(x)
-        width, flat_bar = self.d_inner, rows(base_bar)
-        total.first[:, :width] += product(flat_bar, rows(x), transposed=(True, False))
+            return self.map.matrix_vjp(mixer_params, q_bar), np.zeros_like(x) if x_bar is None else x_bar
+        width, flat_bar = self.d_inner, flat(base_bar)
+        if flat_bar.dtype == x.dtype:
+            flat_bar = backend.operand(flat_bar)
+        flat_x, first = rows(x if seen is None else seen), backend.operand(weights.first)[:, :width]
+        product(flat_bar, flat_x, transposed=(True, False), out=total.first[:, :width], add=True)
         if feedback_bar is not None:
             total.first[:, -width:] += feedback_bar
-        total.bias += column_sums(flat_bar)
-        x_bar = product(flat_bar, weights.first[:, :width]).reshape(x.shape)
-        return self.map.stack.weights_vjp(mixer_params, total), x_bar
+        weights.bias_vjp(flat_bar, total)
+        into = None if x_bar is None else rows(x_bar)
+        found = product(flat_bar, first, out=into, add=into is not None).reshape(x.shape)
+        return self.map.stack.weights_vjp(mixer_params, total), found
 
     # --- solving -------------------------------------------------------------------------------------------
 

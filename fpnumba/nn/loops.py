@@ -34,18 +34,36 @@ def activate_vjp(name: str, x: Array, ybar: Array) -> Array:
     return xbar
 
 
-def gated(z: Array, y: Array) -> Array:
-    """``silu(z) * y``."""
-    out = np.empty_like(z)
+def gated(z: Array, y: Array, fed: Array | None = None, *, operand: bool = False) -> Array:
+    """``silu(z + fed) * y``; here products take what they are given, `operand` or not."""
+    z, out = z if fed is None else z + fed, np.empty_like(z)
     kernels.gated(z.reshape(-1), y.reshape(-1), out.reshape(-1))
     return out
 
 
-def gated_vjp(z: Array, y: Array, bar: Array) -> tuple[Array, Array]:
+def gated_vjp(
+    z: Array, y: Array, bar: Array, fed: Array | None = None, *, operand: bool = False
+) -> tuple[Array, Array]:
     """Cotangents of `z` and `y` of :func:`gated`."""
-    zbar, ybar = np.empty_like(z), np.empty_like(y)
+    z, zbar, ybar = z if fed is None else z + fed, np.empty_like(z), np.empty_like(y)
     kernels.gated_vjp(*(a.reshape(-1) for a in (z, y, bar, zbar, ybar)))
     return zbar, ybar
+
+
+def weight(direction: Array, magnitude: Array, out: Array | None = None) -> Array:
+    """``magnitude * direction / ||direction||`` row by row, ``(N, D)`` by ``(N, 1)``, into `out` if there is one."""
+    found: Array = np.multiply(
+        direction, magnitude / np.linalg.norm(direction, axis=1, keepdims=True), out=out
+    )
+    return found
+
+
+def weight_vjp(direction: Array, magnitude: Array, weight_bar: Array) -> tuple[Array, Array]:
+    """Cotangents of `direction` and `magnitude` of :func:`weight`."""
+    norm = np.linalg.norm(direction, axis=1, keepdims=True)
+    unit = direction / norm
+    along = (weight_bar * unit).sum(1, keepdims=True)
+    return (weight_bar - along * unit) * (magnitude / norm), along
 
 
 def softplus(raw: Array, bias: Array, out: Array | None = None) -> Array:
@@ -56,8 +74,8 @@ def softplus(raw: Array, bias: Array, out: Array | None = None) -> Array:
     return found
 
 
-def softplus_vjp(y: Array, ybar: Array) -> Array:
-    """Cotangent of what :func:`softplus` sees, from its value."""
+def softplus_vjp(y: Array, ybar: Array, *, operand: bool = False) -> Array:
+    """Cotangent of what :func:`softplus` sees, from its value; here products take what they are given."""
     xbar: Array = -np.expm1(-y) * ybar
     return xbar
 

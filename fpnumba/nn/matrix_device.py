@@ -2,16 +2,18 @@
 
 Step after step it is a product of matrices and a kernel or two a step, and does what
 :func:`fpnumba.nn.matrix_ways.solve_sequential` and ``pull_sequential`` do with the doors of a room; an application to
-all steps, with rank one, is a product, a scan and two kernels. Tests hold them to each other.
+all steps is a product, a scan and two kernels. Tests hold them to each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from fpnumba.arrays import namespace
 from fpnumba.nn import backend
 from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import KroneckerMap, LowRankMap
@@ -48,9 +50,16 @@ def serves(cell: MatrixCell) -> bool:
     return bool(cell.ready["serves"])
 
 
-def applies(cell: MatrixCell) -> bool:
-    """Whether there are kernels for an application of the whole map."""
-    return isinstance(cell.map, LowRankMap) and serves(cell)
+def before(cell: MatrixCell, y: Array) -> Array:
+    """``y_{t-1}`` for every ``t``, as products take it; of the last two that were asked about it is known."""
+    known = cell.ready.setdefault("before", [])
+    for of, found in known:
+        if of is y:
+            return found  # type: ignore[no-any-return]
+    joined = backend.joined([cell.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
+    made = backend.operand(joined)
+    known[:] = [*known[-1:], (y, made)]
+    return made
 
 
 def _system(cell: MatrixCell, *, empty: bool = False) -> System:
@@ -103,46 +112,82 @@ def _given(cell: MatrixCell) -> Any:
     )
 
 
-def application(cell: MatrixCell, y: Array) -> Any:
-    """One application of the whole map, for its value and its adjoint."""
+def application(cell: MatrixCell, y: Array, *, first: bool = False) -> Any:
+    """One application of the whole map, for its value and its adjoint; `first` says that `y` is zero. The last one is
+    kept."""
+    known = cell.ready.get("applied")
+    if known is not None and known[0] is y:
+        return known[1]
     if "application" not in cell.ready:
         empty = backend.empty((0,), y)
         delta = _delta(cell)
         B, C = cell.base["b"], cell.base["c"]  # for their shapes
-        system = System(
-            cell.map.kind, (empty, empty), cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm
-        )
-        cell.ready["application"] = system, _given(cell)
+        params: Any = (empty, empty)
+        if isinstance(cell.map, KroneckerMap):  # the edges are all that is looked at
+            params = tuple(backend.empty((0, edge, edge), y) for edge in cell.map.sizes)
+        system = System(cell.map.kind, params, cell.v, delta, cell.A, B, C, cell.skip, cell.gate, cell.norm)
+        given = _given(cell)
+        if given.stacked is not None:
+            given = given._replace(stacked=backend.operand(given.stacked))
+        cell.ready["application"] = system, given._replace(mixer=backend.operand(given.mixer))
     system, given = cell.ready["application"]
-    before = y if cell.stacked is None else backend.contiguous(cell.before(y))
-    doors = backend.room(y).mamba
-    return doors.Application(system, given, cell.initial[1], backend.contiguous(y), before)
+    zero = first and cell.still
+    seen = None if zero or cell.stacked is None else before(cell, y)
+    iterate = None if first else backend.contiguous(y)  # a zero need not be read
+    applied = backend.room(y).mamba.Application(system, given, cell.initial[1], iterate, seen)
+    cell.ready["applied"] = y, applied
+    return applied
+
+
+def advance(cell: MatrixCell, y: Array, pace: Array, published: bool, *, first: bool) -> tuple[Array, Array]:
+    """As ``MatrixCell.advance``."""
+    applied = application(cell, y, first=first)
+    handed = None
+    if y.shape[1]:
+        handed = namespace(y).empty(y.shape, backend.operand(cell.initial[0][:0]).dtype)
+        handed[:, 0] = cell.initial[0]
+    new, told = applied.advance(None if first else y, pace, published, handed)
+    if handed is not None:
+        cell.ready["before"] = [*cell.ready.get("before", [])[-1:], (new, handed)]
+    return new, told
+
+
+def transposed(cell: MatrixCell, y: Array, new_bar: Array) -> Array:
+    """As ``MatrixCell.transposed``."""
+    pulled, fed_bar = application(cell, y).pull(backend.contiguous(new_bar), through=True)
+    y_bar: Array = pulled.y
+    if fed_bar is not None and cell.stacked is not None:
+        backend.add_to_past(y_bar, fed_bar, cell.stacked)
+    return y_bar
 
 
 def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Array | None:
     """As ``MatrixBars.application``."""
     cell = bars.cell
     applied = application(cell, y)
-    pulled, fed_bar = applied.pull(backend.contiguous(new_bar))
-    bars.base["mixer"] += pulled.params
-    bars.base["b"] += pulled.B
-    bars.base["c"] += pulled.C
-    bars.v += pulled.x
-    bars.A += pulled.A
-    bars.skip += pulled.skip
-    bars.norm_weight += pulled.weight
-    if bars.gate is not None:
-        bars.gate += pulled.gate
-    if bars.norm_bias is not None:
-        bars.norm_bias += pulled.bias
-    bars.base["lambda"] += bars.pull_steps(pulled.delta, applied.delta, _argument(cell, y))
-    if fed_bar is not None and bars.stacked is not None:
-        bars.stacked += backend.product(fed_bar, rows(cell.before(y)), transposed=(True, False))
+    pulled, fed_bar = applied.pull(backend.contiguous(new_bar), through=through)
+    found = {"mixer": pulled.params, "b": pulled.B, "c": pulled.C}
+    argument = cell.base["lambda"] if applied.argument is None else applied.argument
+    found["lambda"] = bars.pull_steps(pulled.delta, applied.delta, argument)
+    bars.base = {name: backend.plus(bars.base.get(name), bar) for name, bar in found.items()}
+    bars.v, bars.A, bars.skip = (
+        backend.plus(bars.v, pulled.x),
+        backend.plus(bars.A, pulled.A),
+        backend.plus(bars.skip, pulled.skip),
+    )
+    bars.norm_weight = backend.plus(bars.norm_weight, pulled.weight)
+    if pulled.gate is not None:
+        bars.gate = backend.plus(bars.gate, pulled.gate)
+    if pulled.bias is not None:
+        bars.norm_bias = backend.plus(bars.norm_bias, pulled.bias)
+    if fed_bar is not None:
+        own = backend.product(fed_bar, rows(before(cell, y)), transposed=(True, False))
+        bars.stacked = backend.plus(bars.stacked, own)
     if not through:
         return None
     y_bar: Array = pulled.y
     if fed_bar is not None and cell.stacked is not None:
-        y_bar[:, :-1] += backend.product(fed_bar, cell.stacked).reshape(y_bar.shape)[:, 1:]
+        backend.add_to_past(y_bar, fed_bar, cell.stacked)
     return y_bar
 
 
@@ -156,6 +201,27 @@ def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Sol
     end = y[:, -1] if y.shape[1] else cell.initial[0]
     found = Solve(y, verdict.solution(y, "sequential"), steps=[Kept(given, made)] if keep else [])
     return found, (backend.contiguous(end), last)
+
+
+def _at(cell: MatrixCell, y: Array) -> tuple[Any, ...]:
+    """What is known of the steps at a `y`."""
+    given = _given(cell)
+    given = given._replace(mixer=given.mixer.astype(y.dtype))
+    seen = None if cell.stacked is None else before(cell, y)
+    return _system(cell), given, cell.initial[1], y, seen, application(cell, y)
+
+
+def alone(cell: MatrixCell, y: Array, options: dict[str, Any]) -> Iterator[tuple[slice, Array, Array]]:
+    """As ``MatrixCell.alone``."""
+    y = backend.contiguous(y)
+    for one in backend.room(y).mamba.solve_alone(*_at(cell, y), keep=False, **options):
+        yield one.steps, one.y, one.status
+
+
+def keep(cell: MatrixCell, y: Array) -> Kept:
+    """What :func:`solve` keeps, for a `y` that was found in another way."""
+    known = _at(cell, y)
+    return Kept(known[1], backend.room(y).mamba.keep_made(*known))
 
 
 def pull(cell: MatrixCell, found: Solve, y_bar: Array, adjoint: Adjoint) -> tuple[MatrixBars, Solution]:

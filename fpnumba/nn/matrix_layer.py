@@ -34,12 +34,14 @@ GATES = ("outside", "inside", "both")
 class Front:
     """What stands before the recurrence, made from the input of a layer: all that no iteration changes.
 
-    ``x (B, T, D)`` drives it, ``z (B, T, D)`` is the gate before its activation, ``arguments`` are the input's parts of
-    "b", "c" and "lambda"; ``window`` is what the convolution has to remember. ``pull`` takes cotangents of ``x``,
-    ``z`` and the arguments to those of the parameters and of the input.
+    ``x (B, T, D)`` drives it, and ``seen`` is that as products take it; ``z (B, T, D)`` is the gate before its
+    activation, ``arguments`` are the input's parts of "b", "c" and "lambda"; ``window`` is what the convolution has to
+    remember. ``pull`` takes cotangents of ``x``, which it may change, ``z`` and the arguments to those of the
+    parameters and of the input.
     """
 
     x: Array
+    seen: Array
     z: Array
     arguments: dict[str, Array]
     window: Array | None
@@ -124,6 +126,36 @@ class MatrixStateLayer(FixedPointLayer):
             params["out_proj.bias"] = np.zeros(self.d_model, dtype)
         return params
 
+    def _in_proj(
+        self, params: Params, weight: Array, parts: Sequence[slice], flat: Array, z: int
+    ) -> list[Array]:
+        """What the projection of the input gives, part by part, for kernels want each in one piece; number `z` is the
+        gate's, which outside the loop they take as products do."""
+        pieces = []
+        for i, own in enumerate(parts):
+            said = None
+            if i == z and self.gate == "outside" and not self.bias:
+                said = backend.empty((len(flat), own.stop - own.start), flat)
+            pieces.append(product(flat, weight[own], transposed=(False, True), out=said))
+        if self.bias:
+            pieces = [a + params["in_proj.bias"][own] for a, own in zip(pieces, parts, strict=True)]
+        return pieces
+
+    def _in_proj_vjp(
+        self, params: Params, weight: Array, parts: Sequence[slice], flat: Array, bars: Sequence[Array]
+    ) -> tuple[Params, Array]:
+        """Cotangents of its parameters and of the input."""
+        grads = {"in_proj.weight": np.empty_like(params["in_proj.weight"])}
+        input_bar = None
+        for own, bar in zip(parts, bars, strict=True):
+            piece_bar = rows(backend.operand(bar))
+            product(piece_bar, flat, transposed=(True, False), out=grads["in_proj.weight"][own])
+            input_bar = product(piece_bar, weight[own], out=input_bar, add=input_bar is not None)
+        if self.bias:
+            grads["in_proj.bias"] = backend.joined([column_sums(rows(bar)) for bar in bars])
+        assert input_bar is not None
+        return grads, input_bar
+
     # --- the call ------------------------------------------------------------------------------------------
 
     def _fold(self, params: Params, dtype: DTypeLike) -> Folded:
@@ -160,17 +192,21 @@ class MatrixStateLayer(FixedPointLayer):
         self._kept = arrays, sample, folded
         return folded
 
-    def _cell(self, params: Params, folded: Folded, front: Front, state: State) -> MatrixCell:
+    def _cell(
+        self, params: Params, folded: Folded, front: Front, state: State, way: str, *, still: bool = False
+    ) -> MatrixCell:
         A, skip, steps, norm, bc_eps = folded.rates
         inner = self.d_inner
         initial = (
             contiguous(state["y"]).reshape(-1, inner),
             contiguous(state["H"]).reshape(-1, inner, self.d_state),
         )
+        # what all steps are made from at once, kernels read as products take it
+        base = self._mixer_base(folded.weights, front.x, front.seen, said=way != "sequential")
         return MatrixCell(
             self.map,
             folded.weights,
-            {"mixer": self._mixer_base(folded.weights, front.x), **front.arguments},
+            {"mixer": base, **front.arguments},
             folded.feedback,
             front.x,
             A,
@@ -181,6 +217,7 @@ class MatrixStateLayer(FixedPointLayer):
             bc_eps,
             initial,
             folded.fixed,
+            still,
             stacked=folded.stacked,
         )
 
@@ -193,20 +230,19 @@ class MatrixStateLayer(FixedPointLayer):
             if name in cell.feedback and stacked is not None:
                 fed[name] = stacked[at : at + len(cell.feedback[name])]
                 at += len(cell.feedback[name])
-        grads, x_bar = self._mixer_arguments_vjp(
-            params, front.x, cell.weights, bars.base["mixer"], fed.get("mixer"), bars.seconds, bars.fixed
-        )
+        arguments = cell.weights, bars.base["mixer"], fed.get("mixer"), bars.seconds, bars.fixed
+        grads, x_bar = self._mixer_arguments_vjp(params, front.x, *arguments, bars.v, front.seen)
         grads = under(grads, "mixer")
         if self._seen:
             both = backend.joined([fed[name] for name in self._seen])
             grads |= weight_vjp("bc_y_proj", self.weight_norm, params, both)
         if "lambda" in self.hidden:
             grads |= weight_vjp("dt_y_proj", self.weight_norm, params, fed["lambda"])
-        return grads | self._rates_vjp(params, bars), x_bar + bars.v
+        return grads | self._rates_vjp(params, bars), x_bar
 
     def _forward(self, params: Params, x: Array, record: Record, *, keep: bool) -> tuple[Array, Pullback]:
         lead = x.shape[:-2]
-        out, pullback, _ = self._whole(params, x, self._initial(lead, x), record, keep=keep)
+        out, pullback, _ = self._whole(params, x, self._initial(lead, x), record, keep=keep, still=True)
         return out, pullback
 
     def prefill(
@@ -233,7 +269,7 @@ class MatrixStateLayer(FixedPointLayer):
         return out, ended()
 
     def _whole(
-        self, params: Params, x: Array, state: State, record: Record, *, keep: bool
+        self, params: Params, x: Array, state: State, record: Record, *, keep: bool, still: bool = False
     ) -> tuple[Array, Pullback, Callable[[], State]]:
         self._check_input(x)
         lead, steps = x.shape[:-2], x.shape[-2]
@@ -241,31 +277,39 @@ class MatrixStateLayer(FixedPointLayer):
         window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
         front = self._front(params, contiguous(x).reshape(count, steps, self.d_model), window)
         folded = self._fold(params, x.dtype)
-        cell = self._cell(params, folded, front, state)
-        found, after = self._solve(cell, keep=keep and self.adjoint.method == "implicit")
+        way = ways.way(self.solver, self.map)
+        cell = self._cell(params, folded, front, state, way, still=still)
+        found, after = self._solve(cell, way, keep=keep and self.adjoint.method == "implicit")
         self._tell(found.solution, record, lead)
-        y, opened, z = found.h, found.h, front.z
-        w_z = folded.w_z
+        y, z, w_z, fed_z = found.h, front.z, folded.w_z, None
+        flat = rows(y)
         if w_z is not None:
-            z = z + product(rows(cell.before(y)), w_z, transposed=(False, True)).reshape(z.shape)
-            opened = gated(z, y)
-        flat = rows(opened)
-        out = product(flat, params["out_proj.weight"], transposed=(False, True))
+            w_z = backend.operand(w_z)
+            before = rows(cell.before(y))
+            fed_z = product(
+                before, w_z, transposed=(False, True), out=backend.empty((len(before), len(w_z)), z)
+            )
+            fed_z = fed_z.reshape(z.shape)
+            flat = rows(gated(z, y, fed_z, operand=True))
+        w_out = backend.operand(params["out_proj.weight"])
+        out = product(flat, w_out, transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]
 
         def pullback(out_bar: Array) -> tuple[Params, Array]:
-            out_flat = rows(out_bar)
+            out_flat = rows(backend.operand(out_bar))
             grads: Params = {"out_proj.weight": product(out_flat, flat, transposed=(True, False))}
             if self.bias:
-                grads["out_proj.bias"] = column_sums(out_flat)
-            y_bar = product(out_flat, params["out_proj.weight"]).reshape(y.shape)
+                grads["out_proj.bias"] = column_sums(rows(out_bar))
+            y_bar = product(out_flat, w_out).reshape(y.shape)
             z_bar = None
             if w_z is not None:
-                z_bar, y_bar = gated_vjp(z, y, y_bar)
-                w_z_bar = product(rows(z_bar), rows(cell.before(y)), transposed=(True, False))
+                z_bar, y_bar = gated_vjp(z, y, y_bar, fed_z, operand=self.gate == "outside")
+                fed_bar = backend.operand(z_bar)
+                w_z_bar = product(rows(fed_bar), rows(cell.before(y)), transposed=(True, False))
                 grads |= weight_vjp("z_y_proj", self.weight_norm, params, w_z_bar)
-                y_bar[:, :-1] += product(rows(z_bar), w_z).reshape(y.shape)[:, 1:]
+                if steps:
+                    backend.add_to_past(y_bar, rows(fed_bar), w_z)
             bars, _ = self._pull(cell, found, y_bar)
             if bars.gate is not None:
                 inside = silu_vjp(front.z, bars.gate)
@@ -290,10 +334,15 @@ class MatrixStateLayer(FixedPointLayer):
 
     # --- the recurrence ------------------------------------------------------------------------------------
 
-    def _solve(self, cell: MatrixCell, *, keep: bool) -> tuple[Solve, tuple[Array, Array] | None]:
+    def _solve(self, cell: MatrixCell, way: str, *, keep: bool) -> tuple[Solve, tuple[Array, Array] | None]:
         """What was found, and what to go on from where that is known."""
-        solver, way = self._solver(), ways.way(self.solver, self.map)
+        solver = self._solver()
         if way == "sequential":
+            # the exact gradient goes back over what is left by going step after step
+            if solver.method == "auto" and not keep and not backend.on_host(cell.v):
+                tried = ways.tried(cell, solver, further=self.n_backwards)
+                if tried is not None:
+                    return tried, None
             return self._sequential(cell, solver, keep=keep)
         if way == "parallel":
             found = ways.solve_parallel(cell, solver, further=self.n_backwards)
@@ -380,12 +429,13 @@ class MatrixStateLayer(FixedPointLayer):
         window = state["conv"].reshape(count, *state["conv"].shape[-2:]) if "conv" in state else None
         front = self._front(params, contiguous(x).reshape(count, 1, self.d_model), window)
         folded = self._folded(params, x.dtype)
-        cell = self._cell(params, folded, front, state)
+        cell = self._cell(params, folded, front, state, "sequential")
         found, (y, last) = self._sequential(cell, self.solver, keep=False)
         report(f"{type(self).__name__}.step", found.solution, self.solver.on_failure)
         opened = y
         if folded.w_z is not None:
-            opened = gated(front.z[:, 0] + product(cell.initial[0], folded.w_z, transposed=(False, True)), y)
+            fed = product(cell.initial[0], folded.w_z, transposed=(False, True))
+            opened = gated(front.z[:, 0], y, fed)
         out = product(opened, params["out_proj.weight"], transposed=(False, True))
         if self.bias:
             out = out + params["out_proj.bias"]

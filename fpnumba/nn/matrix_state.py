@@ -12,6 +12,7 @@ those, (M) is what :mod:`fpnumba.reference.mamba` solves. :class:`MatrixCell` ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from fpnumba.reference import mamba as plain
 from fpnumba.reference import products
 from fpnumba.reference.mamba import Bars as SystemBars
 from fpnumba.reference.mamba import Norm, System
-from fpnumba.solve import Solver
+from fpnumba.solve import Solver, Status
 
 Array = NDArray[Any]
 
@@ -38,6 +39,8 @@ SEGMENTS = ("mixer", "b", "c", "lambda")
 
 # Steps that are made at once where the states between them are needed.
 SPAN = 16
+# Bytes of them on a device, where many steps are looked at together.
+STATE_BYTES = 2**28
 
 
 @dataclass
@@ -57,8 +60,9 @@ class Steps:
         return delta
 
     def pull(self, delta: Array, delta_bar: Array) -> tuple[Array, Array]:
-        """Cotangents of what softplus sees and of the argument."""
-        raw_bar: Array = backend.kernels(delta).softplus_vjp(delta, delta_bar)
+        """Cotangents of what softplus sees, as products take it, and of the argument."""
+        plain = self.weight is None
+        raw_bar: Array = backend.kernels(delta).softplus_vjp(delta, delta_bar, operand=not plain)
         if self.weight is None:
             return raw_bar, raw_bar
         bar = product(rows(raw_bar), self.weight)
@@ -89,6 +93,8 @@ class MatrixCell:
         ``y_0 (B, D)`` and ``H_0 (B, D, N)``.
     fixed : Mixer or None
         A mixer that is given, instead of ``map``.
+    still : bool
+        Whether `initial` is zero, and known to be.
     """
 
     map: MixerMap
@@ -104,6 +110,7 @@ class MatrixCell:
     bc_eps: float | None
     initial: tuple[Array, Array]
     fixed: Mixer | None = None
+    still: bool = False
     # what does not see the hidden state, once it is made
     ready: dict[str, Any] = field(default_factory=dict)
     stacked: Array | None = None
@@ -125,16 +132,19 @@ class MatrixCell:
         if "lambda" not in self.feedback:
             # of all steps at once
             ready["lambda"] = cut(self._once("lambda", lambda: self.steps.delta(self.base["lambda"])))
-        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready=ready)
+        still = self.still and initial is self.initial
+        return replace(self, base=base, v=cut(self.v), gate=gate, initial=initial, ready=ready, still=still)
 
     def before(self, y: Array) -> Array:
-        """``y_{t-1}`` for every ``t``."""
-        return backend.joined([self.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
+        """``y_{t-1}`` for every ``t``, as products take it."""
+        if backend.on_host(y):
+            return backend.joined([self.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
+        return matrix_device.before(self, y)
 
     def finite(self, b: int) -> bool:
         """Whether the inputs of one sequence are finite."""
         seen = [*self.base.values(), self.v, *self.initial, *([] if self.gate is None else [self.gate])]
-        return all(bool(np.isfinite(array[b]).all()) for array in seen)
+        return all(bool(np.isfinite(array[b].astype(self.v.dtype)).all()) for array in seen)
 
     def share(self) -> float:
         """The part of the tolerance that one of ``T`` steps may use up.
@@ -145,7 +155,11 @@ class MatrixCell:
 
     def carry(self, y: Array) -> tuple[Array, Array]:
         """What the steps after these start from."""
-        return contiguous(y[:, -1]), self.states(self.mix(y), y, self.initial[1])
+        if matrix_device.serves(self):
+            last: Array = matrix_device.application(self, y).last_state
+        else:
+            last = self.states(self.mix(y), y, self.initial[1])
+        return contiguous(y[:, -1]), last
 
     @staticmethod
     def states(made: MatrixMade, y: Array, state: Array) -> Array:
@@ -155,40 +169,57 @@ class MatrixCell:
         last: Array = backend.room(u).scan.selective_scan(u, s.delta, s.A, s.B, s.C, None, state)[1]
         return last
 
+    def alone(self, y: Array, solver: Solver) -> Iterator[tuple[slice, Array, Array]]:
+        """Solve every step from zero, its past being that of ``y``: outputs and status of some steps after others."""
+        options = {"rtol": solver.rtol, "atol": solver.atol, "max_iter": solver.max_iter}
+        options["damping"] = solver.damping
+        if matrix_device.serves(self):
+            yield from matrix_device.alone(self, y, options)
+            return
+        (_, steps, dim), state = y.shape, self.initial
+        span = SPAN if backend.on_host(y) else max(SPAN, STATE_BYTES // max(1, self.initial[1].nbytes))
+        for begin in range(0, steps, span):
+            where = slice(begin, begin + span)
+            here, now = self.part(where, state), contiguous(y[:, where])
+            made = here.mix(now)
+            each, last = self._every_state(made, now, state[1])
+            state, each = (now[:, -1], last), each.reshape(-1, dim, last.shape[-1])
+            found = doors(made.mixer[0], y).solve(made.alone(), each, **options)
+            yield where, found.value.reshape(now.shape), found.status.reshape(now.shape[:2])
+
+    def _every_state(self, made: MatrixMade, y: Array, state: Array) -> tuple[Array, Array]:
+        """The state before every step of `made`, (B, T, D, N), and that after the last."""
+        if not backend.on_host(y):
+            found: tuple[Array, Array] = backend.room(y).mamba.every_state(made.system, y, state)
+            return found
+        states = [state]
+        for t in range(y.shape[1]):
+            states.append(self.states(made.at(t), contiguous(y[:, t : t + 1]), states[-1]))
+        return np.stack(states[:-1], axis=1), states[-1]
+
     def settle(self, y: Array, converged: NDArray[np.bool_], solver: Solver) -> Array | None:
         """Solve every step from zero, its past being that of ``y``, and compare.
 
         From the first step on that ends elsewhere, a sequence goes on from what was found.
         """
-        batch, steps, dim = y.shape
-        start, state = y.copy(), self.initial
-        left = np.zeros(batch, bool)
-        options = {"rtol": solver.rtol, "atol": solver.atol, "max_iter": solver.max_iter}
-        for begin in range(0, steps, SPAN):
-            here = self.part(slice(begin, begin + SPAN), state)
-            now = contiguous(y[:, begin : begin + SPAN])
-            made = here.mix(now)
-            pasts, past = [], state[1]
-            for t in range(now.shape[1]):
-                pasts.append(past)
-                past = self.states(made.at(t), contiguous(now[:, t : t + 1]), past)
-            state = (now[:, -1], past)
-            alone = made.alone()
-            each = backend.joined([past[:, None] for past in pasts], axis=1).reshape(-1, dim, past.shape[-1])
-            found = doors(made.mixer[0], y).solve(alone, each, damping=solver.damping, **options)
-            own = found.value.reshape(now.shape)
+        start, left = y.copy(), np.zeros(len(y), bool)
+        for where, own, status in self.alone(y, solver):
+            now = y[:, where]
             size, gap = np.abs(now).max(-1), np.abs(own - now).max(-1)
             # two fixed points are much further apart than two approximations of one
-            other = (gap > (1e-3 + 1e2 * solver.rtol) * size) & (found.status.reshape(gap.shape) == 0)
-            left = left[:, None] | np.logical_or.accumulate(to_numpy(other) & converged[:, None], axis=1)
-            where = namespace(y).asarray(left)
-            start[:, begin : begin + SPAN][where] = own[where]
-            left = left[:, -1]
+            other = (gap > (1e-3 + 1e2 * solver.rtol) * size) & (status == int(Status.CONVERGED))
+            gone = left[:, None] | np.logical_or.accumulate(to_numpy(other) & converged[:, None], axis=1)
+            if gone.any():
+                at = namespace(y).asarray(gone)
+                start[:, where][at] = own[at]
+            left = gone[:, -1]
         return start if left.any() else None
 
     def arguments(self, y: Array) -> dict[str, Array]:
         """``p`` of every segment from a previous iterate."""
-        arguments = dict(self.base)
+        arguments = {
+            name: a if a.dtype == self.v.dtype else a.astype(self.v.dtype) for name, a in self.base.items()
+        }
         if self.stacked is None:
             return arguments
         more, at = product(rows(self.before(y)), self.stacked, transposed=(False, True)), 0
@@ -196,7 +227,7 @@ class MatrixCell:
             if name in self.feedback:
                 size = len(self.feedback[name])
                 shape = self.base[name].shape
-                arguments[name] = self.base[name] + more[:, at : at + size].reshape(shape)
+                arguments[name] = arguments[name] + more[:, at : at + size].reshape(shape)
                 at += size
         return arguments
 
@@ -233,15 +264,28 @@ class MatrixCell:
 
     def iterate(self, y: Array) -> Array:
         """One application of the whole map."""
-        if matrix_device.applies(self):
+        if matrix_device.serves(self):
             applied: Array = matrix_device.application(self, y).value()
             return applied
         new: Array = backend.room(y).mamba.iterate(self.mix(y).system, self.initial[1], y)
         return new
 
+    def advance(self, y: Array, pace: Array, published: bool, *, first: bool) -> tuple[Array, Array] | None:
+        """A damped step of the iteration and how far it went, in one, on a device that can; `first` says that `y` is
+        zero."""
+        if not matrix_device.serves(self):
+            return None
+        return matrix_device.advance(self, y, pace, published, first=first)
+
+    def transposed(self, h: Array, bar: Array) -> Array | None:
+        """The cotangent of ``h`` of one application at ``h``."""
+        if matrix_device.serves(self):
+            return matrix_device.transposed(self, h, bar)
+        return self.bars().application(None, h, h, bar, through=True)
+
     def bars(self) -> MatrixBars:
         """Cotangents of all of this, none of anything yet."""
-        return MatrixBars.zeros(self)
+        return MatrixBars.nothing(self) if matrix_device.serves(self) else MatrixBars.zeros(self)
 
 
 @dataclass
@@ -345,6 +389,12 @@ class MatrixBars:
             seconds=cell.weights.zeros(),
         )
 
+    @classmethod
+    def nothing(cls, cell: MatrixCell) -> MatrixBars:
+        """The same without arrays of zeros: None, to which :func:`fpnumba.nn.backend.plus` adds."""
+        none: Any = None
+        return cls(cell, {}, *(none,) * 9, seconds=cell.weights.zeros())
+
     def absorb(self, made: MatrixMade, bars: SystemBars, at: slice) -> Array | None:
         """Add the cotangents of a system over the steps `at`; return those of what ``V`` gave, ``(B, ., n)``."""
         cell = self.cell
@@ -374,9 +424,10 @@ class MatrixBars:
     def pull_steps(self, delta_bar: Array, delta: Array, argument: Array) -> Array:
         """Add what a cotangent of ``delta`` means for its weight and bias; return that of its argument."""
         raw_bar, bar = self.cell.steps.pull(delta, delta_bar)
-        self.step_bias += column_sums(rows(raw_bar))
-        if self.step_weight is not None:
-            self.step_weight += product(rows(raw_bar), rows(argument), transposed=(True, False))
+        self.step_bias = backend.plus(self.step_bias, column_sums(rows(raw_bar)))
+        if self.cell.steps.weight is not None:
+            own = product(rows(raw_bar), rows(argument), transposed=(True, False))
+            self.step_weight = backend.plus(self.step_weight, own)
         return bar
 
     def _direction(self, out: Array, norm: Array, out_bar: Array) -> Array:
@@ -391,7 +442,7 @@ class MatrixBars:
     ) -> Array | None:
         """Differentiate one application, ``new = f(h)``; return the cotangent of ``h`` if it is wanted."""
         cell = self.cell
-        if matrix_device.applies(cell):
+        if matrix_device.serves(cell):
             return matrix_device.absorb(self, h, new_bar, through=through)
         made = cell.mix(h) if made is None else made
         doors = backend.room(h).mamba
@@ -403,5 +454,5 @@ class MatrixBars:
             return None
         h_bar: Array = bars.y
         if fed_bar is not None and cell.stacked is not None:
-            h_bar[:, :-1] += product(rows(fed_bar), cell.stacked).reshape(h_bar.shape)[:, 1:]
+            backend.add_to_past(h_bar, rows(fed_bar), cell.stacked)
         return h_bar

@@ -7,13 +7,13 @@ parameters on ``y_{t-1}``. States are kept at the ends of spans of steps and mad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpnumba.nn import backend, matrix_device
+from fpnumba.nn import backend, matrix_device, ways
 from fpnumba.nn.backend import contiguous, product
 from fpnumba.nn.basic import rows
 from fpnumba.nn.matrix_state import SPAN, MatrixBars, MatrixCell, MatrixMade, doors
@@ -75,9 +75,14 @@ def pull_sequential(
     cell: MatrixCell, found: Solve, y_bar: Array, adjoint: Adjoint
 ) -> tuple[MatrixBars, Solution]:
     """The exact gradient, backward in time."""
+    if matrix_device.serves(cell) and not found.steps and found.h.size:
+        together = ways.pull_together(cell, found.h, y_bar, adjoint)
+        if together is not None:
+            return together
+        found = replace(found, steps=[matrix_device.keep(cell, found.h)])
     if found.steps and isinstance(found.steps[0], matrix_device.Kept):
         return matrix_device.pull(cell, found, y_bar, adjoint)
-    bars, y = cell.bars(), found.h
+    bars, y = MatrixBars.zeros(cell), found.h
     batch, steps, _ = y.shape
     options = {"rtol": adjoint.rtol * cell.share(), "atol": adjoint.atol, "max_iter": adjoint.max_iter}
     kept = found.steps[0] if found.steps else _keep(cell, y)

@@ -50,29 +50,28 @@ def init_weight(
     }
 
 
-def weight_of(name: str, weight_norm: bool, params: Params) -> Array:
-    """The weight itself: ``magnitude * direction / ||direction||`` row by row, or the parameter as it is."""
-    if not weight_norm:
-        return params[f"{name}.weight"]
-    direction = params[f"{name}.{DIRECTION}"]
-    weight: Array = direction * (
-        params[f"{name}.{MAGNITUDE}"] / np.linalg.norm(direction, axis=1, keepdims=True)
-    )
-    return weight
+def weight_of(name: str, weight_norm: bool, params: Params, out: Array | None = None) -> Array:
+    """The weight itself: ``magnitude * direction / ||direction||`` row by row, or the parameter as it is; into `out` if
+    there is one."""
+    if weight_norm:
+        direction = params[f"{name}.{DIRECTION}"]
+        given = contiguous(direction), contiguous(params[f"{name}.{MAGNITUDE}"])
+        found: Array = backend.kernels(direction).weight(*given, out)
+        return found
+    weight = params[f"{name}.weight"]
+    if out is None:
+        return weight
+    out[...] = weight
+    return out
 
 
 def weight_vjp(name: str, weight_norm: bool, params: Params, weight_bar: Array) -> Params:
     """Cotangents of the parameters of a weight."""
     if not weight_norm:
         return {f"{name}.weight": weight_bar}
-    direction, magnitude = params[f"{name}.{DIRECTION}"], params[f"{name}.{MAGNITUDE}"]
-    norm = np.linalg.norm(direction, axis=1, keepdims=True)
-    unit = direction / norm
-    along = (weight_bar * unit).sum(1, keepdims=True)
-    return {
-        f"{name}.{MAGNITUDE}": along,
-        f"{name}.{DIRECTION}": (weight_bar - along * unit) * (magnitude / norm),
-    }
+    direction, magnitude = (contiguous(params[f"{name}.{part}"]) for part in (DIRECTION, MAGNITUDE))
+    direction_bar, magnitude_bar = backend.kernels(direction).weight_vjp(direction, magnitude, weight_bar)
+    return {f"{name}.{MAGNITUDE}": magnitude_bar, f"{name}.{DIRECTION}": direction_bar}
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Stack:
         seconds: list[Array | None] = []
         at = 0
         for part in self.parts:
-            first[at : at + part.inner] = weight_of(part.first, self.weight_norm, params)
+            weight_of(part.first, self.weight_norm, params, first[at : at + part.inner])
             if part.bias:
                 bias[at : at + part.inner] = params[f"{part.name}.bias"]
             seconds.append(None if part.rank is None else weight_of(part.second, self.weight_norm, params))
@@ -178,6 +177,26 @@ class Weights:
         """Where cotangents are added up."""
         seconds = [None if w is None else np.zeros_like(w) for w in self.seconds]
         return Weights(self.stack, np.zeros_like(self.first), np.zeros_like(self.bias), seconds)
+
+    def add_bias(self, arguments: Array) -> None:
+        """Add the bias to rows of arguments, in place."""
+        at = 0
+        for part in self.stack.parts:
+            if part.bias:
+                own = slice(at, at + part.inner)
+                arguments[:, own] = (arguments[:, own].astype(self.bias.dtype) + self.bias[own]).astype(
+                    arguments.dtype
+                )
+            at += part.inner
+
+    def bias_vjp(self, argument_bar: Array, bars: Weights) -> None:
+        """Add to the cotangent of the bias that of rows of arguments, which may lie apart."""
+        at = 0
+        for part in self.stack.parts:
+            if part.bias:
+                own = slice(at, at + part.inner)
+                bars.bias[own] += backend.column_sums(argument_bar[:, own])
+            at += part.inner
 
     def expand(self, v: Array) -> Array:
         """``v (..., inner)`` to ``a (..., outputs)``: the second factors."""

@@ -89,6 +89,10 @@ class Cell:
         """A step is linear given its past, so its fixed point is the only one."""
         return None
 
+    def transposed(self, h: Array, bar: Array) -> Array | None:
+        """The cotangent of ``h`` of one application at ``h``."""
+        return self.bars().application(None, h, h, bar, through=True)
+
     def bars(self) -> Bars:
         """Cotangents of all of this, none of anything yet."""
         return Bars.zeros(self)
@@ -113,6 +117,10 @@ class Cell:
         if self.feedback is None:
             self.made = made
         return made
+
+    def advance(self, h: Array, pace: Array, published: bool, *, first: bool) -> tuple[Array, Array] | None:
+        """Nothing makes a damped step in one."""
+        return None
 
     def iterate(self, h: Array) -> Array:
         """One application of the whole map."""
@@ -236,6 +244,15 @@ class Recurrence(Protocol[B]):
 
     def iterate(self, h: Array) -> Array:
         """One application of the whole map."""
+        ...
+
+    def advance(self, h: Array, pace: Array, published: bool, *, first: bool) -> tuple[Array, Array] | None:
+        """A damped step of the iteration and how far it went, as `fpnumba.gpu.maps.advance`; None if there is none in
+        one. `first` says that `h` is zero."""
+        ...
+
+    def transposed(self, h: Array, bar: Array) -> Array | None:
+        """The cotangent of ``h`` of one application at ``h``."""
         ...
 
     def bars(self) -> B:

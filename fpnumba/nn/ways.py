@@ -13,7 +13,9 @@ application of the whole map.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from fpnumba.nn.basic import rows
 from fpnumba.nn.mixer_maps import MixerMap
 from fpnumba.nn.mixing import Mixer
 from fpnumba.nn.recurrence import B, Bars, Cell, Recurrence, Solve
-from fpnumba.relax import relax
+from fpnumba.relax import decided, relax
 from fpnumba.solve import FEW_ITERATIONS, Adjoint, Solution, Solved, Solver, Status
 
 Array = NDArray[Any]
@@ -36,7 +38,7 @@ def way(solver: Solver, map: MixerMap) -> str:
     """``parallel``, ``chunked`` or ``sequential`` for a mixer that sees the hidden state.
 
     ``auto`` is ``sequential`` unless a chunk, a policy of the whole iteration, or fewer than 64 iterations
-    are asked for; ``direct`` is ``sequential`` where the linear step can be solved directly.
+    are asked for, and see :func:`tried`; ``direct`` is ``sequential`` where the linear step can be solved directly.
     """
     if solver.method == "direct" and map.kind not in ("householder", "dplr"):
         raise ValueError(
@@ -190,22 +192,48 @@ def _settled(
     return solved, history
 
 
+class _Steps:
+    """Iterations of a recurrence, of which the last iterate is known; the first is from zero."""
+
+    def __init__(self, cell: Recurrence[Any]) -> None:
+        self._cell, self.last, self._first = cell, cell.v, True
+
+    def __call__(self, h: Array) -> Array:
+        """One application of the whole map."""
+        self.last, self._first = h, False
+        return self._cell.iterate(h)
+
+    def advance(self, h: Array, pace: Array, published: bool) -> tuple[Array, Array] | None:
+        """As of :class:`fpnumba.nn.matrix_state.MatrixCell`; None where the recurrence has none."""
+        found = self._cell.advance(h, pace, published, first=self._first)
+        if found is not None:
+            self.last, self._first = h, False
+        return found
+
+
 def solve_parallel(cell: Recurrence[Any], solver: Solver, *, further: int) -> Solve:
     """All steps at once, then ``further`` applications that are differentiated (the published code makes
     one)."""
-    last = np.zeros_like(cell.v)
-
-    def step(h: Array) -> Array:
-        nonlocal last
-        last = h
-        return cell.iterate(h)
-
+    step = _Steps(cell)
     solved, history = relax(step, np.zeros_like(cell.v), solver, cell.finite)
+    return _chained(cell, step, solved, history, solver, further=further)
+
+
+def _chained(
+    cell: Recurrence[Any],
+    step: _Steps,
+    solved: Solved,
+    history: NDArray[np.float64],
+    solver: Solver,
+    *,
+    further: int,
+) -> Solve:
+    """Every step at its own fixed point, and the applications that are differentiated."""
     if settles(solver):
         solved, history = _settled(cell, step, solved, history, solver)
     verdict = Verdict(len(cell.v))
     verdict.add(solved)
-    chain, h = [last], solved.value
+    chain, h = [step.last], solved.value
     if further:
         chain = []
         for _ in range(further):
@@ -224,9 +252,10 @@ def solve_chunked(cell: Recurrence[Any], solver: Solver) -> Solve:
     h, verdict, carry = np.empty_like(cell.v), Verdict(len(cell.v)), cell.initial
     for start in range(0, steps, size):
         here = cell.part(slice(start, start + size), carry)
-        solved, history = relax(here.iterate, np.zeros_like(here.v), plain, here.finite)
+        step = _Steps(here)
+        solved, history = relax(step, np.zeros_like(here.v), plain, here.finite)
         if settles(solver):
-            solved, _ = _settled(here, here.iterate, solved, history, plain)
+            solved, _ = _settled(here, step, solved, history, plain)
         h[:, start : start + size], carry = solved.value, here.carry(solved.value)
         verdict.add(solved)
     return Solve(h, verdict.solution(h, "chunked"))
@@ -259,6 +288,106 @@ def solve_given(cell: Cell, solver: Solver, way: str) -> Solve:
     return Solve(solved.value, _reported(solved, way))
 
 
+# What a step costs that is solved when the one before is, an iteration of all steps, and looking whether every step is
+# at its own fixed point: seconds, and seconds for every row (b, t) of 1024 channels. Measured on an H200, launch by
+# launch.
+STEP, ROW_OF_STEP = 30e-6, 105e-9
+ITERATION, ROW_OF_ITERATION = 0.6e-3, 23e-9
+LOOK, ROW_OF_LOOK = 3e-3, 200e-9
+# Iterations of all steps after which is judged how many it will take; they are risked where so many times as many would
+# still be cheaper. And after how many more it is judged again.
+PROBE, WORTH, STAGE = 3, 8, 6
+
+
+# What the exact gradient costs beside that, one way and the other.
+BACK_STEP, BACK_ITERATION = 2.5, 2.5
+
+
+def affordable(batch: int, steps: int, dim: int) -> int:
+    """How many iterations of all steps on a device cost as much as going step after step."""
+    rows = batch * steps * dim / 1024
+    one_by_one = STEP * steps + ROW_OF_STEP * rows
+    left = one_by_one - LOOK - ROW_OF_LOOK * rows
+    return max(0, int(left / (ITERATION + ROW_OF_ITERATION * rows)))
+
+
+def affordable_back(batch: int, steps: int, dim: int) -> int:
+    """The same of iterations of the adjoint, where the way forward has left nothing of its steps."""
+    rows = batch * steps * dim / 1024
+    one_by_one = BACK_STEP * (STEP * steps + ROW_OF_STEP * rows)
+    return int(one_by_one / (ITERATION + BACK_ITERATION * ROW_OF_ITERATION * rows))
+
+
+def tried(cell: Recurrence[Any], solver: Solver, *, further: int) -> Solve | None:
+    """What ``auto`` does where all steps at once could be cheaper than one after the other.
+
+    A few iterations, from whose residuals follows how many it takes; and more, as long as that pays. None if it does
+    not.
+    """
+    most = affordable(*cell.v.shape)
+    if most < WORTH * PROBE or not settles(solver) or backend.repeated(cell.v):
+        return None
+    step = _Steps(cell)
+    found = _as_long_as_it_pays(step, np.zeros_like(cell.v), solver, most, cell.finite)
+    return None if found is None else _chained(cell, step, *found, solver, further=further)
+
+
+def _as_long_as_it_pays(
+    step: Any, start: Array, solver: Solver, most: int, finite: Callable[[int], bool]
+) -> tuple[Solved, NDArray[np.float64]] | None:
+    """Iterate, and judge every few iterations whether `most` will be enough."""
+    solver = replace(solver, method="parallel", chunk=None, max_iter=PROBE)
+    solved, history = relax(step, start, solver, finite)
+    done = PROBE
+
+    def left(solved: Solved) -> bool:
+        return bool((solved.status == int(Status.MAX_ITER)).any())
+
+    def pays(history: NDArray[np.float64], done: int) -> bool:
+        return done + _needed(history, solver.rtol) <= most
+
+    while decided(start, partial(left, solved)):
+        if not decided(start, partial(pays, history, done)):
+            return None
+        again, more = relax(step, solved.value, replace(solver, max_iter=STAGE), finite)
+        count = solved.iterations + again.iterations
+        solved = Solved(again.value, count, again.residual, again.status, count[:, None].copy())
+        history, done = np.concatenate([history, more]), done + STAGE
+    return solved, history
+
+
+def pull_together(cell: Recurrence[B], h: Array, hbar: Array, adjoint: Adjoint) -> tuple[B, Solution] | None:
+    """The exact gradient by iterations of the adjoint of all steps at once; None where they do not pay."""
+    most = affordable_back(*h.shape)
+    if most < WORTH * PROBE or backend.blind(h):
+        return None
+
+    def step(z: Array) -> Array:
+        back = cell.transposed(h, z)
+        return hbar if back is None else hbar + back
+
+    def finite(b: int) -> bool:
+        return bool(np.isfinite(hbar[b]).all())
+
+    solver = Solver("parallel", rtol=adjoint.rtol, atol=adjoint.atol)
+    found = _as_long_as_it_pays(step, hbar, solver, most, finite)
+    if found is None:
+        return None
+    solved, history = found
+    verdict, bars = Verdict(len(h)), cell.bars()
+    verdict.add(solved)
+    bars.application(None, h, h, solved.value, through=False)
+    return bars, verdict.solution(solved.value, "parallel", history)
+
+
+def _needed(history: NDArray[np.float64], rtol: float) -> float:
+    """How many more iterations the slowest sequence takes, if residuals go on to shrink as in the last two."""
+    with np.errstate(all="ignore"):
+        now, rate = history[-1], np.sqrt(history[-1] / history[-3])
+        left = np.where(now <= rtol, 0.0, np.where(rate < 1, np.log(rtol / now) / np.log(rate), np.inf))
+    return float(np.nanmax(left, initial=0.0))
+
+
 def pull_chain(cell: Recurrence[B], found: Solve, hbar: Array) -> B:
     """The one-step gradient: through the last applications, and not into the iterate from which they
     start."""
@@ -277,7 +406,11 @@ def pull_neumann(cell: Recurrence[B], h: Array, hbar: Array, terms: int) -> B:
     z = term = hbar
     made = cell.mix(h) if backend.on_host(h) else None
     for _ in range(terms):
-        back = cell.bars().application(made, h, h, term, through=True)
+        back = (
+            cell.transposed(h, term)
+            if made is None
+            else cell.bars().application(made, h, h, term, through=True)
+        )
         if back is not None:
             term = back
             z = z + term

@@ -283,6 +283,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
       }
       fed = lanes_total(fed);
       slope = lanes_total(slope);
+      __syncwarp();  // the channel's lanes have read both
       if constexpr (MADE) {
         onward = lanes_total(onward);
         if (threadIdx.x % LANES == 0 && d < dim) earlier_step[b * dim + d] = narrow(onward);

@@ -4,122 +4,176 @@
 //     mix:   u' = x - alpha u (u . d) with d = x - y, and B, C of unit length
 //     norm:  y = weight * n + bias,  n = (v - mean v) / sqrt(var v + eps),  v = gate o
 //
-// and their adjoints, which make again what they need. A block takes a row, or in `norm_rows_vjp` rows one after the other,
-// whose cotangents of weight and bias it adds up in registers. Memory traffic: every array once.
+// and their adjoints, which make again what they need. `norm_rows` makes a damped step of the iteration with it, and tells how far
+// that goes, as map_advance.cu. A block takes a row, or in `norm_rows_vjp` rows one after the other, whose cotangents of weight
+// and bias it adds up in registers. Memory traffic: every array once.
 //
-// Macros: of mamba.cuh, with RANK 1.
+// Macros: of mamba.cuh, with RANK 1; SAID, how lies in memory what linear maps say, what they see, and the cotangents of the
+// former; EACH neighbouring channels of an access, of which a thread has CHANNELS / EACH.
 #include "mamba.cuh"
 
-struct Unit {
-  real v[CHANNELS], argument[CHANNELS];
-};
+typedef SAID said;
+constexpr int PACKED = CHANNELS / EACH;
+__device__ __forceinline__ said to_said(real v) { return Store<said>::narrow(v); }
+// Of a thread's c-th access, the first channel.
+__device__ __forceinline__ int channel(int c) { return (c * THREADS + (int)threadIdx.x) * EACH; }
 
-// What a row's argument becomes before it is scaled, and sums of its square and of its products with one and two others.
-template <int N, class Other>
-__device__ __forceinline__ const real* unit_sums(const Arguments& of, i64 row, int dim, Unit& one, Other other, real* room) {
-  real sums[N] = {};
+template <class T> __device__ __forceinline__ void load_each(const T* from, real (&v)[EACH]) {
+  const Pack<T, EACH> some = *(const Pack<T, EACH>*)from;
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    one.v[c] = one.argument[c] = 0;
-    if (d < dim) {
-      one.argument[c] = of.from(of.mixer, row, of.stride, of.at_mixer, row, d);
-      one.v[c] = activate(one.argument[c]);
-      sums[0] += one.v[c] * one.v[c];
+  for (int e = 0; e < EACH; ++e) v[e] = widen(some.v[e]);
+}
+template <class T> __device__ __forceinline__ void store_each(T* to, const real (&v)[EACH]) {
+  Pack<T, EACH> some;
 #pragma unroll
-      for (int k = 1; k < N; ++k) sums[k] += one.v[c] * other(k, c, d);
-    }
-  }
-  return group_sums<N, THREADS>(sums, room);
+  for (int e = 0; e < EACH; ++e) some.v[e] = Store<T>::narrow(v[e]);
+  *(Pack<T, EACH>*)to = some;
+}
+__device__ __forceinline__ void clear(real (&v)[EACH]) {
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) v[e] = 0;
 }
 
-// mixer, b, c and fed as of `Arguments`, but fed (B T, width) is of all steps; x, y, mixed (B, T, D); B, C (B, T, N)
+// What linear maps say: of x_t for all steps, mixer (B T, stride), b and c (B T, N); and of y_{t-1}, `fed` (B T, width) or null, in
+// which each stands from `at_` on, or is missing if that is negative.
+struct Told {
+  const said* mixer;
+  const store *b, *c;
+  const said* fed;
+  int width, stride, at_mixer, at_b, at_c;
+
+  __device__ __forceinline__ bool sees(int at) const { return fed != nullptr && at >= 0; }
+  __device__ __forceinline__ real of_row(int which, i64 row, int size, int n) const {
+    const int at = which ? at_c : at_b;
+    const real v = widen((which ? c : b)[row * size + n]);
+    return sees(at) ? v + widen(fed[row * width + at + n]) : v;
+  }
+  __device__ __forceinline__ real strength(i64 row, int dim) const {
+    const real v = widen(mixer[row * stride + dim]);
+    return sigmoid(sees(at_mixer) ? v + widen(fed[row * width + at_mixer + dim]) : v);
+  }
+  __device__ __forceinline__ void vector(i64 row, int d, real (&v)[EACH]) const {
+    load_each(mixer + row * stride + d, v);
+    if (sees(at_mixer)) {
+      real more[EACH];
+      load_each(fed + row * width + at_mixer + d, more);
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) v[e] += more[e];
+    }
+  }
+};
+
+// x, y, mixed (B, T, D), y null for zero; B, C (B, T, N)
 extern "C" __global__ void __launch_bounds__(THREADS)
-mix_rows(const store* mixer, const store* b, const store* c_, const store* fed, int width, int stride, int at_mixer, int at_b, int at_c,
+mix_rows(const said* mixer, const store* b, const store* c_, const said* fed, int width, int stride, int at_mixer, int at_b, int at_c,
          const store* x, const store* y, int dim, int size, double alpha_max, double unit_eps, double bc_eps, store* mixed,
          store* B, store* C) {
   SHARED(memory);
   const i64 row = blockIdx.x;
-  const Arguments of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
-  Unit one;
-  real gap[CHANNELS];
-  const real* sums = unit_sums<2>(of, row, dim, one, [&](int, int c, int d) {
-    return gap[c] = widen(x[row * dim + d]) - widen(y[row * dim + d]);
-  }, (real*)memory);
-  const real inverse = 1 / larger(sqrt(sums[0]), (real)unit_eps);
-  const real strength = (real)alpha_max * sigmoid(of.from(mixer, row, stride, at_mixer, row, dim));
-  const real along = strength * inverse * inverse * sums[1];
+  const Told of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
+  real v[PACKED][EACH], own[PACKED][EACH], sums[2] = {};
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    if (d < dim) mixed[row * dim + d] = narrow(widen(x[row * dim + d]) - along * one.v[c]);
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
+    if (d < dim) {
+      real was[EACH];
+      of.vector(row, d, v[c]);
+      load_each(x + row * dim + d, own[c]);
+      if (y) load_each(y + row * dim + d, was);
+      else clear(was);
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        v[c][e] = activate(v[c][e]);
+        sums[0] += v[c][e] * v[c][e];
+        sums[1] += v[c][e] * (own[c][e] - was[e]);
+      }
+    }
+  }
+  const real strength = (real)alpha_max * of.strength(row, dim);
+  const real* totals = group_sums<2, THREADS>(sums, (real*)memory);
+  const real inverse = 1 / larger(sqrt(totals[0]), (real)unit_eps), along = strength * inverse * inverse * totals[1];
+#pragma unroll
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
+    if (d < dim) {
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) own[c][e] -= along * v[c][e];
+      store_each(mixed + row * dim + d, own[c]);
+    }
   }
   const int lane = threadIdx.x % 32;
   for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
-    const store* own = which ? c_ : b;
-    const int at = which ? at_c : at_b;
     real total = 0;
     for (int n = lane; n < size; n += 32) {
-      const real v = of.from(own, row, size, at, row, n);
-      total += v * v;
+      const real part = of.of_row(which, row, size, n);
+      total += part * part;
     }
     total = warp_total(total);
     const real scale = bc_eps < 0 ? (real)1 : 1 / larger(sqrt(total), (real)bc_eps);
-    for (int n = lane; n < size; n += 32)
-      (which ? C : B)[row * size + n] = narrow(of.from(own, row, size, at, row, n) * scale);
+    for (int n = lane; n < size; n += 32) (which ? C : B)[row * size + n] = narrow(of.of_row(which, row, size, n) * scale);
   }
 }
 
-// mixed_bar (B, T, D), B_bar and C_bar (B, T, N) to the cotangents of x, of the arguments and of `fed`
+// mixed_bar (B, T, D), B_bar and C_bar (B, T, N) to the cotangents of x, and to those of all arguments in one: told_bar (B T, told)
+// has them from `to_mixer` on, stride of them, from `to_b` on and from `to_c` on.
 extern "C" __global__ void __launch_bounds__(THREADS)
-mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* fed, int width, int stride, int at_mixer, int at_b,
+mix_rows_vjp(const said* mixer, const store* b, const store* c_, const said* fed, int width, int stride, int at_mixer, int at_b,
              int at_c, const store* x, const store* y, int dim, int size, double alpha_max, double unit_eps, double bc_eps,
-             const store* mixed_bar, const store* B_bar, const store* C_bar, store* x_bar, store* mixer_bar,
-             store* b_bar, store* c_bar, store* fed_bar) {
+             const store* mixed_bar, const store* B_bar, const store* C_bar, store* x_bar, said* told_bar, int told, int to_mixer,
+             int to_b, int to_c) {
   SHARED(memory);
   const i64 row = blockIdx.x;
-  const Arguments of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
-  Unit one;
-  real gap[CHANNELS], e[CHANNELS];
+  const Told of = {mixer, b, c_, fed, width, stride, at_mixer, at_b, at_c};
+  real argument[PACKED][EACH], gap[PACKED][EACH], e_[PACKED][EACH], sums[3] = {};
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    gap[c] = d < dim ? widen(x[row * dim + d]) - widen(y[row * dim + d]) : (real)0;
-    e[c] = d < dim ? widen(mixed_bar[row * dim + d]) : (real)0;
-  }
-  const real* sums =
-      unit_sums<3>(of, row, dim, one, [&](int k, int c, int) { return k == 1 ? gap[c] : e[c]; }, (real*)memory);
-  const real length = sqrt(sums[0]), inverse = 1 / larger(length, (real)unit_eps);
-  const real with_d = inverse * sums[1], with_e = inverse * sums[2];
-  const real open = sigmoid(of.from(mixer, row, stride, at_mixer, row, dim)), strength = (real)alpha_max * open;
-  const real turn = length >= (real)unit_eps ? -2 * strength * with_d * with_e : (real)0;
-#pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
     if (d < dim) {
-      const real u = one.v[c] * inverse, bar = -strength * (with_d * e[c] + with_e * gap[c]);
-      const real own = activate_slope(one.argument[c]) * (bar - turn * u) * inverse;
-      x_bar[row * dim + d] = narrow(e[c] - strength * with_e * u);
-      mixer_bar[row * stride + d] = narrow(own);
-      if (at_mixer >= 0) fed_bar[row * width + at_mixer + d] = narrow(own);
+      real was[EACH];
+      of.vector(row, d, argument[c]);
+      load_each(x + row * dim + d, gap[c]);
+      if (y) load_each(y + row * dim + d, was);
+      else clear(was);
+      load_each(mixed_bar + row * dim + d, e_[c]);
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const real v = activate(argument[c][e]);
+        gap[c][e] -= was[e];
+        sums[0] += v * v;
+        sums[1] += v * gap[c][e];
+        sums[2] += v * e_[c][e];
+      }
     }
   }
-  for (int k = dim + 1 + threadIdx.x; k < stride; k += THREADS) {  // what is there to fill up
-    mixer_bar[row * stride + k] = narrow((real)0);
-    if (at_mixer >= 0) fed_bar[row * width + at_mixer + k] = narrow((real)0);
+  const real open = of.strength(row, dim), strength = (real)alpha_max * open;
+  const real* totals = group_sums<3, THREADS>(sums, (real*)memory);
+  const real length = sqrt(totals[0]), inverse = 1 / larger(length, (real)unit_eps);
+  const real with_d = inverse * totals[1], with_e = inverse * totals[2];
+  const real turn = length >= (real)unit_eps ? -2 * strength * with_d * with_e : (real)0;
+  said* const out = told_bar + row * told;
+#pragma unroll
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
+    if (d < dim) {
+      real own[EACH];
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const real u = activate(argument[c][e]) * inverse, bar = -strength * (with_d * e_[c][e] + with_e * gap[c][e]);
+        own[e] = activate_slope(argument[c][e]) * (bar - turn * u) * inverse;
+        e_[c][e] -= strength * with_e * u;
+      }
+      store_each(x_bar + row * dim + d, e_[c]);
+      store_each(out + to_mixer + d, own);
+    }
   }
-  if (threadIdx.x == 0) {
-    const real own = -with_e * with_d * strength * (1 - open);
-    mixer_bar[row * stride + dim] = narrow(own);
-    if (at_mixer >= 0) fed_bar[row * width + at_mixer + dim] = narrow(own);
-  }
+  for (int k = dim + 1 + threadIdx.x; k < stride; k += THREADS) out[to_mixer + k] = to_said(0);  // what is there to fill up
+  if (threadIdx.x == 0) out[to_mixer + dim] = to_said(-with_e * with_d * strength * (1 - open));
   const int lane = threadIdx.x % 32;
   for (int which = threadIdx.x / 32; which < 2; which += THREADS / 32) {
-    const store *own = which ? c_ : b, *bar = which ? C_bar : B_bar;
-    const int at = which ? at_c : at_b;
+    const store* bar = which ? C_bar : B_bar;
     real total = 0, back = 0;
     for (int n = lane; n < size; n += 32) {
-      const real v = of.from(own, row, size, at, row, n);
+      const real v = of.of_row(which, row, size, n);
       total += v * v;
       back += v * widen(bar[row * size + n]);
     }
@@ -127,46 +181,128 @@ mix_rows_vjp(const store* mixer, const store* b, const store* c_, const store* f
     back = warp_total(back) * scale;
     if (bc_eps < 0 || its < (real)bc_eps) back = 0;
     for (int n = lane; n < size; n += 32) {
-      const real v = of.from(own, row, size, at, row, n) * scale;
-      const real found = (widen(bar[row * size + n]) - back * v) * scale;
-      (which ? c_bar : b_bar)[row * size + n] = narrow(found);
-      if (at >= 0) fed_bar[row * width + at + n] = narrow(found);
+      const real v = of.of_row(which, row, size, n) * scale;
+      out[(which ? to_c : to_b) + n] = to_said((widen(bar[row * size + n]) - back * v) * scale);
     }
   }
 }
 
-// v = gate o of a row, centred, and the scale of its norm
-__device__ __forceinline__ real normal(const store* o, const store* gate, i64 row, int dim, real eps, real (&v)[CHANNELS],
-                                       real* first, real* second) {
-  real total[1] = {0}, squares[1] = {0};
+// v = gate o of a row, centred, and the scale of its norm. Warps find mean and squares of their own channels, and put those
+// together (Chan, Golub, LeVeque), so that the block meets once. `room` has two a warp.
+__device__ __forceinline__ real normal(const store* o, const store* gate, i64 row, int dim, real eps, real (&v)[PACKED][EACH],
+                                       real* room) {
+  constexpr int WARPS = THREADS / 32;
+  const int warp = threadIdx.x / 32;
+  real total = 0;
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    v[c] = d < dim ? widen(o[row * dim + d]) * (GATED ? widen(gate[row * dim + d]) : (real)1) : (real)0;
-    total[0] += v[c];
-  }
-  real middle = 0;
-  if constexpr (MODE == 2) middle = group_sums<1, THREADS>(total, first)[0] / (real)dim;
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
+    clear(v[c]);
+    if (d < dim) {
+      load_each(o + row * dim + d, v[c]);
+      if constexpr (GATED) {
+        real open[EACH];
+        load_each(gate + row * dim + d, open);
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    v[c] = d < dim ? v[c] - middle : (real)0;
-    squares[0] += v[c] * v[c];
+        for (int e = 0; e < EACH; ++e) v[c][e] *= open[e];
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) total += v[c][e];
+    }
   }
-  return MODE ? inverse_root(group_sums<1, THREADS>(squares, second)[0] / (real)dim + eps) : (real)1;
+  if constexpr (MODE == 0) return 1;
+  auto channels = [&](int w) {
+    int count = 0;
+#pragma unroll
+    for (int c = 0; c < PACKED; ++c) {
+      const int left = dim - (c * THREADS + w * 32) * EACH;
+      count += left < 0 ? 0 : left < 32 * EACH ? left : 32 * EACH;
+    }
+    return count;
+  };
+  const int own = channels(warp);
+  const real middle = MODE == 2 && own > 0 ? warp_total(total) / (real)own : (real)0;
+  real squares = 0;
+#pragma unroll
+  for (int c = 0; c < PACKED; ++c)
+#pragma unroll
+    for (int e = 0; e < EACH; ++e)
+      if (channel(c) < dim) squares += (v[c][e] - middle) * (v[c][e] - middle);
+  squares = warp_total(squares);
+  if (threadIdx.x % 32 == 0) {
+    room[2 * warp] = middle;
+    room[2 * warp + 1] = squares;
+  }
+  __syncthreads();
+  real mean = 0, all = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) {
+    if (MODE == 2) mean += room[2 * w] * (real)channels(w);
+    all += room[2 * w + 1];
+  }
+  mean /= (real)dim;
+  if constexpr (MODE == 2) {
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) all += (real)channels(w) * (room[2 * w] - mean) * (room[2 * w] - mean);
+#pragma unroll
+    for (int c = 0; c < PACKED; ++c)
+#pragma unroll
+      for (int e = 0; e < EACH; ++e)
+        if (channel(c) < dim) v[c][e] -= mean;
+  }
+  return inverse_root(all / (real)dim + eps);
 }
 
-// o, gate, y (B, T, D); weight, bias (D), bias null for zero
+// o, gate, h, next (B, T, D), h null for zero; weight, bias (D), bias null for zero; pace (B) or null, and numbers (B T, 2), of the
+// damped step from h: as map_advance.cu has them. Without, `next` is the norm. before (B, T, D) or null: `next` one step later.
 extern "C" __global__ void __launch_bounds__(THREADS)
-norm_rows(const store* o, const store* gate, const store* weight, const store* bias, int dim, double eps, store* y) {
+norm_rows(const store* o, const store* gate, const store* weight, const store* bias, const store* h, const store* pace, i64 steps,
+          int dim, double eps, int published, store* next, said* before, store* numbers) {
   SHARED(memory);
-  real *first = (real*)memory, *second = first + sums_size<1, THREADS>(), v[CHANNELS];
+  real *room = (real*)memory, *another = room + 2 * (THREADS / 32);
+  real v[PACKED][EACH], was[PACKED][EACH], moved = 0, size = 0;
   const i64 row = blockIdx.x;
-  const real scale = normal(o, gate, row, dim, (real)eps, v, first, second);
+  const bool handed = before != nullptr && row % steps + 1 < steps;
+  const real go = pace ? widen(pace[row / steps]) : (real)1;
+  const bool rests = go < 0;  // the same in the whole block
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
-    if (d < dim) y[row * dim + d] = narrow(widen(weight[d]) * (v[c] * scale) + (bias ? widen(bias[d]) : (real)0));
+  for (int c = 0; c < PACKED; ++c) {
+    clear(was[c]);
+    if (h && channel(c) < dim) load_each(h + row * dim + channel(c), was[c]);
+  }
+  const real scale = rests ? (real)1 : normal(o, gate, row, dim, (real)eps, v, room);
+#pragma unroll
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
+    if (d < dim) {
+      real its[EACH], shift[EACH];
+      clear(shift);
+      if (!rests) {
+        load_each(weight + d, its);
+        if (bias) load_each(bias + d, shift);
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+          const real value = its[e] * (v[c][e] * scale) + shift[e];
+          if (pace) {
+            const real change = value - was[c][e], proposal = was[c][e] + go * change;
+            moved = most(moved, magnitude(change));
+            size = most(size, magnitude(published ? value : proposal));
+            was[c][e] = proposal;
+          } else {
+            was[c][e] = value;
+          }
+        }
+      }
+      store_each(next + row * dim + d, was[c]);
+      if (handed) store_each(before + (row + 1) * dim + d, was[c]);
+    }
+  }
+  if (numbers) {
+    block_most(moved, size, another);
+    if (threadIdx.x == 0) {
+      numbers[2 * row] = narrow(published ? moved / (size + (real)1e-8) : moved);
+      numbers[2 * row + 1] = narrow(published ? (real)0 : size);
+    }
   }
 }
 
@@ -175,44 +311,64 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 norm_rows_vjp(const store* o, const store* gate, const store* weight, const store* y_bar, i64 rows, int dim, double eps,
               store* o_bar, store* gate_bar, store* weight_bar, store* bias_bar) {
   SHARED(memory);
-  real *first = (real*)memory, *second = first + sums_size<1, THREADS>(), *third = second + sums_size<1, THREADS>();
-  real weights[CHANNELS] = {}, biases[CHANNELS] = {};
+  real *room = (real*)memory, *sums_room = room + 2 * (THREADS / 32);
+  real weights[PACKED][EACH] = {}, biases[PACKED][EACH] = {};
   for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
-    __syncthreads();  // sums of the row before have been read
-    real v[CHANNELS], inner[CHANNELS], sums[2] = {0, 0};
-    const real scale = normal(o, gate, row, dim, (real)eps, v, first, second);
+    real v[PACKED][EACH], inner[PACKED][EACH], bar[PACKED][EACH], sums[2] = {0, 0};
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const int d = c * THREADS + threadIdx.x;
-      inner[c] = 0;
+    for (int c = 0; c < PACKED; ++c) {
+      clear(bar[c]);
+      if (channel(c) < dim) load_each(y_bar + row * dim + channel(c), bar[c]);
+    }
+    if (MODE == 0) __syncthreads();  // sums of the row before have been read
+    const real scale = normal(o, gate, row, dim, (real)eps, v, room);
+#pragma unroll
+    for (int c = 0; c < PACKED; ++c) {
+      const int d = channel(c);
+      clear(inner[c]);
       if (d < dim) {
-        const real bar = widen(y_bar[row * dim + d]);
-        inner[c] = bar * widen(weight[d]);
-        sums[0] += inner[c];
-        sums[1] += inner[c] * v[c];
-        weights[c] += bar * v[c] * scale;
-        biases[c] += bar;
+        real its[EACH];
+        load_each(weight + d, its);
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+          inner[c][e] = bar[c][e] * its[e];
+          sums[0] += inner[c][e];
+          sums[1] += inner[c][e] * v[c][e];
+          weights[c][e] += bar[c][e] * v[c][e] * scale;
+          biases[c][e] += bar[c][e];
+        }
       }
     }
-    const real* found = group_sums<2, THREADS>(sums, third);
+    const real* found = group_sums<2, THREADS>(sums, sums_room);
     const real middle = MODE == 2 ? found[0] / (real)dim : (real)0;
     const real along = MODE ? found[1] / (real)dim * scale * scale : (real)0;
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const int d = c * THREADS + threadIdx.x;
+    for (int c = 0; c < PACKED; ++c) {
+      const int d = channel(c);
       if (d < dim) {
-        const real v_bar = scale * (inner[c] - middle - v[c] * along);
-        o_bar[row * dim + d] = narrow(GATED ? v_bar * widen(gate[row * dim + d]) : v_bar);
-        if (GATED) gate_bar[row * dim + d] = narrow(v_bar * widen(o[row * dim + d]));
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) inner[c][e] = scale * (inner[c][e] - middle - v[c][e] * along);
+        if constexpr (GATED) {
+          real open[EACH], own[EACH];
+          load_each(gate + row * dim + d, open);
+          load_each(o + row * dim + d, own);
+#pragma unroll
+          for (int e = 0; e < EACH; ++e) {
+            own[e] *= inner[c][e];
+            inner[c][e] *= open[e];
+          }
+          store_each(gate_bar + row * dim + d, own);
+        }
+        store_each(o_bar + row * dim + d, inner[c]);
       }
     }
   }
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    const int d = c * THREADS + threadIdx.x;
+  for (int c = 0; c < PACKED; ++c) {
+    const int d = channel(c);
     if (d < dim) {
-      weight_bar[(i64)blockIdx.x * dim + d] = narrow(weights[c]);
-      bias_bar[(i64)blockIdx.x * dim + d] = narrow(biases[c]);
+      store_each(weight_bar + (i64)blockIdx.x * dim + d, weights[c]);
+      store_each(bias_bar + (i64)blockIdx.x * dim + d, biases[c]);
     }
   }
 }

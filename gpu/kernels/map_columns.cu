@@ -4,11 +4,11 @@
 // `lanes` threads side by side take EACH columns each, the threads of a block every so many rows of a part, in four strands;
 // they are put together in a fixed order. Memory traffic: x once, and D sums a part.
 //
-// Macros: of maps.cuh.
+// Macros: of maps.cuh; OUT of the sums.
 #include "maps.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-columns(const store* __restrict__ x, store* __restrict__ out, i64 rows, int dim, int lanes, int parts) {
+columns(const store* __restrict__ x, OUT* __restrict__ out, i64 rows, int dim, int lanes, int parts) {
   SHARED(memory);
   real* room = (real*)memory;  // EACH numbers of every thread
   const int groups = blockDim.x / lanes, group = threadIdx.x / lanes, across = (dim + EACH * lanes - 1) / (EACH * lanes);
@@ -40,5 +40,10 @@ columns(const store* __restrict__ x, store* __restrict__ out, i64 rows, int dim,
 #pragma unroll
       for (int e = 0; e < EACH; ++e) total[e] += room[e * blockDim.x + threadIdx.x + half * lanes];
   }
-  if (group == 0 && d < dim) save(out + part * dim + d, total);
+  if (group == 0 && d < dim) {
+    Pack<OUT, EACH> some;
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) some.v[e] = Store<OUT>::narrow(total[e]);
+    *(Pack<OUT, EACH>*)(out + part * dim + d) = some;
+  }
 }
