@@ -37,21 +37,42 @@ def _solve_bytes(problem: dict[str, Any]) -> int:
     return 3 * problem["x"].nbytes + u.nbytes + alpha.nbytes
 
 
-def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
-    """Measure every case, hand each row to `report` as it comes, and return the machine-readable record."""
-    import numba
+class _Bench:
+    """Rows as they come, and the copy bandwidth beside each: a shared machine drifts."""
 
-    rows: list[Row] = []
-    copies: list[float] = [copy_bandwidth()]
+    def __init__(self, report: Callable[[Row], None]) -> None:
+        self._report, self._rows, self._copies = report, list[Row](), [copy_bandwidth()]
 
-    def add(case: str, shape: tuple[int, ...], seconds: float, nbytes: int | None, note: str = "") -> float:
-        # The bandwidth is measured again beside every case: a shared machine drifts.
-        copies.append(copy_bandwidth())
-        share = None if nbytes is None else nbytes / seconds / ((copies[-1] + copies[-2]) / 2)
-        rows.append(Row(case, _label(shape), seconds, nbytes, share, note))
-        report(rows[-1])
+    def __call__(
+        self, case: str, shape: tuple[int, ...], seconds: float, nbytes: int | None, note: str = ""
+    ) -> float:
+        self._copies.append(copy_bandwidth())
+        share = None if nbytes is None else nbytes / seconds / (sum(self._copies[-2:]) / 2)
+        self._rows.append(Row(case, _label(shape), seconds, nbytes, share, note))
+        self._report(self._rows[-1])
         return seconds
 
+    def record(self, **found: Any) -> dict[str, Any]:
+        """The machine-readable record of what was `found`."""
+        import numba
+
+        about = {"threads": numba.get_num_threads(), **found}
+        return {
+            **about,
+            "copy_bytes_per_second": self._copies,
+            "rows": [row.as_dict() for row in self._rows],
+        }
+
+
+def layers(*, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
+    """Layers alone, which have a record of their own."""
+    add = _Bench(report)
+    return add.record(mamba=mamba.run(add, peers=peers), scaling={})
+
+
+def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str, Any]:
+    """Measure every case, hand each row to `report` as it comes, and return the machine-readable record."""
+    add = _Bench(report)
     shape = (8, 1024, 512) if quick else SHAPE
     p = _problem(shape)
     lam, x, mixer, hbar = p["lam"], p["x"], p["mixer"], p["hbar"]
@@ -97,14 +118,12 @@ def run(*, quick: bool, peers: bool, report: Callable[[Row], None]) -> dict[str,
         f"iterations {int(np.max(solution.iterations))}",
     )
 
-    record: dict[str, Any] = {"threads": numba.get_num_threads()}
+    found: dict[str, Any] = {}
     if peers:
-        record["peer"] = _against_jax(p, shape, answers["chunked"], values, add)
-    record["mamba"] = mamba.run(add, peers=peers)
-    record["scaling"] = _scaling(quick, add)
-    record["copy_bytes_per_second"] = copies
-    record["rows"] = [row.as_dict() for row in rows]
-    return record
+        found["peer"] = _against_jax(p, shape, answers["chunked"], values, add)
+    found["mamba"] = mamba.run(add, peers=peers)
+    found["scaling"] = _scaling(quick, add)
+    return add.record(**found)
 
 
 def _kronecker_problem(shape: tuple[int, int, int]) -> Any:
