@@ -21,11 +21,10 @@
 // of what is read across, 4 or 12 more than one of 16.
 // Memory traffic: every array once, but arguments twice by the adjoint, and x twice by the value, near each other in time.
 //
-// Macros: of mamba_kronecker.cuh; SAID as in mamba_rows.cu. THREADS is a warp for every 16 rows of the larger edge, two at least.
+// Macros: of mamba_kronecker.cuh and told.cuh. THREADS is a warp for every 16 rows of the larger edge, two at least.
 #include "mamba_kronecker.cuh"
+#include "told.cuh"
 
-typedef SAID said;
-__device__ __forceinline__ said to_said(real v) { return Store<said>::narrow(v); }
 typedef Pack<real, 2> two;
 
 // Where pairs are read along rows; `pitch` is for what is read across.
@@ -204,20 +203,6 @@ __device__ __forceinline__ void put_two(real* to, real a, real b) { *(two*)to = 
 
 // --- what is given --------------------------------------------------------------------------------------------------
 
-// What linear maps say, as in mamba_rows.cu.
-struct Told {
-  const said* mixer;
-  const store *b, *c;
-  const said* fed;
-  int width, stride, at_mixer, at_b, at_c;
-
-  __device__ __forceinline__ bool sees(int at) const { return fed != nullptr && at >= 0; }
-  __device__ __forceinline__ real of_row(int which, i64 row, int size, int n) const {
-    const int at = which ? at_c : at_b;
-    const real v = widen((which ? c : b)[row * size + n]);
-    return sees(at) ? v + widen(fed[row * width + at + n]) : v;
-  }
-};
 // The mixer's arguments of a row, from one on. There always is something to read, so that nothing waits for a branch.
 struct Given {
   const said *own, *more;

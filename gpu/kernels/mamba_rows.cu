@@ -8,13 +8,10 @@
 // that goes, as map_advance.cu. A block takes a row, or in `norm_rows_vjp` rows one after the other, whose cotangents of weight
 // and bias it adds up in registers. Memory traffic: every array once.
 //
-// Macros: of mamba.cuh, with RANK 1; SAID, how lies in memory what linear maps say, what they see, and the cotangents of the
-// former; EACH neighbouring channels of an access, of which a thread has CHANNELS / EACH.
-#include "mamba.cuh"
+// Macros: of told.cuh, with RANK 1; EACH neighbouring channels of an access, of which a thread has CHANNELS / EACH.
+#include "told.cuh"
 
-typedef SAID said;
 constexpr int PACKED = CHANNELS / EACH;
-__device__ __forceinline__ said to_said(real v) { return Store<said>::narrow(v); }
 // Of a thread's c-th access, the first channel.
 __device__ __forceinline__ int channel(int c) { return (c * THREADS + (int)threadIdx.x) * EACH; }
 
@@ -34,34 +31,20 @@ __device__ __forceinline__ void clear(real (&v)[EACH]) {
   for (int e = 0; e < EACH; ++e) v[e] = 0;
 }
 
-// What linear maps say: of x_t for all steps, mixer (B T, stride), b and c (B T, N); and of y_{t-1}, `fed` (B T, width) or null, in
-// which each stands from `at_` on, or is missing if that is negative.
-struct Told {
-  const said* mixer;
-  const store *b, *c;
-  const said* fed;
-  int width, stride, at_mixer, at_b, at_c;
-
-  __device__ __forceinline__ bool sees(int at) const { return fed != nullptr && at >= 0; }
-  __device__ __forceinline__ real of_row(int which, i64 row, int size, int n) const {
-    const int at = which ? at_c : at_b;
-    const real v = widen((which ? c : b)[row * size + n]);
-    return sees(at) ? v + widen(fed[row * width + at + n]) : v;
-  }
-  __device__ __forceinline__ real strength(i64 row, int dim) const {
-    const real v = widen(mixer[row * stride + dim]);
-    return sigmoid(sees(at_mixer) ? v + widen(fed[row * width + at_mixer + dim]) : v);
-  }
-  __device__ __forceinline__ void vector(i64 row, int d, real (&v)[EACH]) const {
-    load_each(mixer + row * stride + d, v);
-    if (sees(at_mixer)) {
-      real more[EACH];
-      load_each(fed + row * width + at_mixer + d, more);
+// Arguments of a row: of alpha, and EACH of the vector's.
+__device__ __forceinline__ real strength_of(const Told& of, i64 row, int dim) {
+  const real v = widen(of.mixer[row * of.stride + dim]);
+  return sigmoid(of.sees(of.at_mixer) ? v + widen(of.fed[row * of.width + of.at_mixer + dim]) : v);
+}
+__device__ __forceinline__ void vector_of(const Told& of, i64 row, int d, real (&v)[EACH]) {
+  load_each(of.mixer + row * of.stride + d, v);
+  if (of.sees(of.at_mixer)) {
+    real more[EACH];
+    load_each(of.fed + row * of.width + of.at_mixer + d, more);
 #pragma unroll
-      for (int e = 0; e < EACH; ++e) v[e] += more[e];
-    }
+    for (int e = 0; e < EACH; ++e) v[e] += more[e];
   }
-};
+}
 
 // x, y, mixed (B, T, D), y null for zero; B, C (B, T, N)
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -77,7 +60,7 @@ mix_rows(const said* mixer, const store* b, const store* c_, const said* fed, in
     const int d = channel(c);
     if (d < dim) {
       real was[EACH];
-      of.vector(row, d, v[c]);
+      vector_of(of, row, d, v[c]);
       load_each(x + row * dim + d, own[c]);
       if (y) load_each(y + row * dim + d, was);
       else clear(was);
@@ -89,7 +72,7 @@ mix_rows(const said* mixer, const store* b, const store* c_, const said* fed, in
       }
     }
   }
-  const real strength = (real)alpha_max * of.strength(row, dim);
+  const real strength = (real)alpha_max * strength_of(of, row, dim);
   const real* totals = group_sums<2, THREADS>(sums, (real*)memory);
   const real inverse = 1 / larger(sqrt(totals[0]), (real)unit_eps), along = strength * inverse * inverse * totals[1];
 #pragma unroll
@@ -130,7 +113,7 @@ mix_rows_vjp(const said* mixer, const store* b, const store* c_, const said* fed
     const int d = channel(c);
     if (d < dim) {
       real was[EACH];
-      of.vector(row, d, argument[c]);
+      vector_of(of, row, d, argument[c]);
       load_each(x + row * dim + d, gap[c]);
       if (y) load_each(y + row * dim + d, was);
       else clear(was);
@@ -145,7 +128,7 @@ mix_rows_vjp(const said* mixer, const store* b, const store* c_, const said* fed
       }
     }
   }
-  const real open = of.strength(row, dim), strength = (real)alpha_max * open;
+  const real open = strength_of(of, row, dim), strength = (real)alpha_max * open;
   const real* totals = group_sums<3, THREADS>(sums, (real*)memory);
   const real length = sqrt(totals[0]), inverse = 1 / larger(length, (real)unit_eps);
   const real with_d = inverse * totals[1], with_e = inverse * totals[2];
