@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,17 @@ def host() -> Iterator[pretend.Host]:
     """NumPy arrays are carried to a device that is not there."""
     with pretend.device() as made, carried(), fp.arrays.use_room("gpu"):
         yield made
+
+
+class Missing(MetaPathFinder):
+    """A package that cannot be imported."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == self._name:
+            raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 class OnDevice:
@@ -164,7 +176,9 @@ def test_what_is_missing_is_said_at_first_use(
     monkeypatch.setattr(_host, "_ready", False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     if cupy is None:
-        monkeypatch.setitem(sys.modules, "cupy", None)
+        # not None in its place: array-api-compat looks there
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Missing("cupy"), *sys.meta_path])
     else:
         monkeypatch.setattr(_device, "xp", lambda: cupy)
     with pytest.raises(error, match=message):
@@ -315,3 +329,20 @@ def test_a_solution_that_waits_is_like_any_other(host: pretend.Host) -> None:
         np.testing.assert_array_equal(getattr(other, name), getattr(solution, name))
     assert repr(other) == repr(solution)
     assert (solution.method, solution.history) == (other.method, other.history) == ("chunked", None)
+
+
+def test_what_a_recording_says_is_fetched_behind_its_last_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stream that is current then; otherwise behind the solve, on its own."""
+
+    class Told:
+        device = SimpleNamespace(id=0)
+
+        def get(self, stream: Any = None) -> Any:
+            return np.array([stream is not None])
+
+    cuda = SimpleNamespace(get_current_stream=object, runtime=SimpleNamespace(getDevice=lambda: 0))
+    monkeypatch.setattr(_host, "xp", lambda: SimpleNamespace(cuda=cuda))
+    for going_on, own_stream in ((None, True), (object(), False)):
+        monkeypatch.setattr(_host, "recording", lambda going_on=going_on: going_on)
+        (fetch,) = _host.later(Told())
+        assert fetch()[0] == own_stream

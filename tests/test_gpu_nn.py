@@ -454,6 +454,26 @@ def test_golden_in_single_precision(room: Room, path: Path, monkeypatch: pytest.
         assert ours <= 2 * theirs
 
 
+def test_an_adjoint_of_all_steps_that_grows(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterated until nothing is left of it, it gives way to the one that goes backward in time."""
+    layer = nn.FPMamba(
+        8,
+        d_state=3,
+        mixer="kronecker",
+        alpha_max=2.0,
+        solver=Solver("parallel", max_iter=20, on_failure="ignore"),
+        adjoint=Adjoint(rtol=1e-9, on_failure="ignore"),
+    )
+    rng = np.random.default_rng(5)
+    params = layer.init(rng, np.float64)
+    params["out_norm.weight"] *= 100
+    x, y_bar = rng.standard_normal((2, 4, 6, 8))
+    monkeypatch.setattr(ways, "affordable_back", lambda *sizes: 1000)
+    monkeypatch.setattr(ways, "_needed", lambda history, rtol: 0.0)
+    _, pullback = layer.vjp(put(room, params), room.give(x))
+    assert np.abs(room.get(pullback(room.give(y_bar))[1])).max() < 1e9
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_an_adjoint_that_does_not_shrink(room: Room, made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step has no stable fixed point, its adjoint is not iterated into overflow."""

@@ -221,3 +221,18 @@ struct Arguments {
     return at < 0 ? v : v + widen(fed[sequence * width + at + k]);
   }
 };
+
+// A thread's sums of B and of C over its channels, one after the other, into the room of a block's sums of 2 STATES.
+__device__ __forceinline__ void sum_rows(real (&sums)[2 * PIECES * VECTOR], real* room) {
+  constexpr int HALF = PIECES * VECTOR, OF = THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int index = 0, valid = 2 * HALF;
+  fold_sums<2 * HALF, 16, LANES>(sums, lane, index, valid);
+#pragma unroll
+  for (int i = 0; i < folded(2 * HALF, LANES); ++i)
+    if (i < valid) {
+      const int which = (index + i) / HALF, k = (index + i) % HALF;
+      const int slot = which * STATES + piece_begin(k / VECTOR) + k % VECTOR;
+      room[OF == 1 ? slot : slot * OF + warp] = sums[i];
+    }
+}

@@ -324,18 +324,7 @@ mamba_kronecker_pull(const store* factors, const store* x, const store* delta, c
         two[d] = slope;
       }
     }
-    {
-      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-      int index = 0, valid = 2 * HALF;
-      fold_sums<2 * HALF, 16, LANES>(s3, lane, index, valid);
-#pragma unroll
-      for (int i = 0; i < folded(2 * HALF, LANES); ++i)
-        if (i < valid) {
-          const int which = (index + i) / HALF, k = (index + i) % HALF;
-          const int slot = which * STATES + piece_begin(k / VECTOR) + k % VECTOR;
-          rows[WARPS == 1 ? slot : slot * WARPS + warp] = s3[i];
-        }
-    }
+    sum_rows(s3, rows);
     const real* totals = sums_total<2 * STATES, THREADS>(rows);
     // e becomes the cotangent of u
     own([&](int c, int i, int j) {

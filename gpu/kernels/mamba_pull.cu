@@ -293,19 +293,7 @@ mamba_pull(const store* u, const store* alpha, const store* x, const store* delt
         two[d] = slope;
       }
     }
-    {
-      constexpr int WARPS = THREADS / 32;
-      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-      int index = 0, valid = 2 * HALF;
-      fold_sums<2 * HALF, 16, LANES>(s3, lane, index, valid);
-#pragma unroll
-      for (int i = 0; i < folded(2 * HALF, LANES); ++i)
-        if (i < valid) {
-          const int which = (index + i) / HALF, k = (index + i) % HALF;
-          const int slot = which * STATES + piece_begin(k / VECTOR) + k % VECTOR;
-          last[WARPS == 1 ? slot : slot * WARPS + warp] = s3[i];
-        }
-    }
+    sum_rows(s3, last);
     const real* totals = sums_total<2 * STATES, THREADS>(last);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
