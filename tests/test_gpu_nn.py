@@ -196,6 +196,7 @@ def test_what_a_gradient_keeps(room: Room, mixer: str, rng: Any, monkeypatch: py
     compare(room, layer, rng, monkeypatch, steps=9)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("mixer", ["householder", "kronecker"])
 def test_the_published_rule(room: Room, mixer: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which moves the batch together, damps, and stops early."""
