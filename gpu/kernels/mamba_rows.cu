@@ -9,27 +9,12 @@
 // and bias it adds up in registers. Memory traffic: every array once.
 //
 // Macros: of told.cuh, with RANK 1; EACH neighbouring channels of an access, of which a thread has CHANNELS / EACH.
+#include "packs.cuh"
 #include "told.cuh"
 
 constexpr int PACKED = CHANNELS / EACH;
 // Of a thread's c-th access, the first channel.
 __device__ __forceinline__ int channel(int c) { return (c * THREADS + (int)threadIdx.x) * EACH; }
-
-template <class T> __device__ __forceinline__ void load_each(const T* from, real (&v)[EACH]) {
-  const Pack<T, EACH> some = *(const Pack<T, EACH>*)from;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] = widen(some.v[e]);
-}
-template <class T> __device__ __forceinline__ void store_each(T* to, const real (&v)[EACH]) {
-  Pack<T, EACH> some;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) some.v[e] = Store<T>::narrow(v[e]);
-  *(Pack<T, EACH>*)to = some;
-}
-__device__ __forceinline__ void clear(real (&v)[EACH]) {
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] = 0;
-}
 
 // Arguments of a row: of alpha, and EACH of the vector's.
 __device__ __forceinline__ real strength_of(const Told& of, i64 row, int dim) {
@@ -37,10 +22,10 @@ __device__ __forceinline__ real strength_of(const Told& of, i64 row, int dim) {
   return sigmoid(of.sees(of.at_mixer) ? v + widen(of.fed[row * of.width + of.at_mixer + dim]) : v);
 }
 __device__ __forceinline__ void vector_of(const Told& of, i64 row, int d, real (&v)[EACH]) {
-  load_each(of.mixer + row * of.stride + d, v);
+  load(of.mixer + row * of.stride + d, v);
   if (of.sees(of.at_mixer)) {
     real more[EACH];
-    load_each(of.fed + row * of.width + of.at_mixer + d, more);
+    load(of.fed + row * of.width + of.at_mixer + d, more);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) v[e] += more[e];
   }
@@ -61,8 +46,8 @@ mix_rows(const said* mixer, const store* b, const store* c_, const said* fed, in
     if (d < dim) {
       real was[EACH];
       vector_of(of, row, d, v[c]);
-      load_each(x + row * dim + d, own[c]);
-      if (y) load_each(y + row * dim + d, was);
+      load(x + row * dim + d, own[c]);
+      if (y) load(y + row * dim + d, was);
       else clear(was);
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
@@ -81,7 +66,7 @@ mix_rows(const said* mixer, const store* b, const store* c_, const said* fed, in
     if (d < dim) {
 #pragma unroll
       for (int e = 0; e < EACH; ++e) own[c][e] -= along * v[c][e];
-      store_each(mixed + row * dim + d, own[c]);
+      save(mixed + row * dim + d, own[c]);
     }
   }
   const int lane = threadIdx.x % 32;
@@ -114,10 +99,10 @@ mix_rows_vjp(const said* mixer, const store* b, const store* c_, const said* fed
     if (d < dim) {
       real was[EACH];
       vector_of(of, row, d, argument[c]);
-      load_each(x + row * dim + d, gap[c]);
-      if (y) load_each(y + row * dim + d, was);
+      load(x + row * dim + d, gap[c]);
+      if (y) load(y + row * dim + d, was);
       else clear(was);
-      load_each(mixed_bar + row * dim + d, e_[c]);
+      load(mixed_bar + row * dim + d, e_[c]);
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         const real v = activate(argument[c][e]);
@@ -145,8 +130,8 @@ mix_rows_vjp(const said* mixer, const store* b, const store* c_, const said* fed
         own[e] = activate_slope(argument[c][e]) * (bar - turn * u) * inverse;
         e_[c][e] -= strength * with_e * u;
       }
-      store_each(x_bar + row * dim + d, e_[c]);
-      store_each(out + to_mixer + d, own);
+      save(x_bar + row * dim + d, e_[c]);
+      save(out + to_mixer + d, own);
     }
   }
   for (int k = dim + 1 + threadIdx.x; k < stride; k += THREADS) out[to_mixer + k] = to_said(0);  // what is there to fill up
@@ -182,10 +167,10 @@ __device__ __forceinline__ real normal(const store* o, const store* gate, i64 ro
     const int d = channel(c);
     clear(v[c]);
     if (d < dim) {
-      load_each(o + row * dim + d, v[c]);
+      load(o + row * dim + d, v[c]);
       if constexpr (GATED) {
         real open[EACH];
-        load_each(gate + row * dim + d, open);
+        load(gate + row * dim + d, open);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) v[c][e] *= open[e];
       }
@@ -251,7 +236,7 @@ norm_rows(const store* o, const store* gate, const store* weight, const store* b
 #pragma unroll
   for (int c = 0; c < PACKED; ++c) {
     clear(was[c]);
-    if (h && channel(c) < dim) load_each(h + row * dim + channel(c), was[c]);
+    if (h && channel(c) < dim) load(h + row * dim + channel(c), was[c]);
   }
   const real scale = rests ? (real)1 : normal(o, gate, row, dim, (real)eps, v, room);
 #pragma unroll
@@ -261,8 +246,8 @@ norm_rows(const store* o, const store* gate, const store* weight, const store* b
       real its[EACH], shift[EACH];
       clear(shift);
       if (!rests) {
-        load_each(weight + d, its);
-        if (bias) load_each(bias + d, shift);
+        load(weight + d, its);
+        if (bias) load(bias + d, shift);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
           const real value = its[e] * (v[c][e] * scale) + shift[e];
@@ -276,8 +261,8 @@ norm_rows(const store* o, const store* gate, const store* weight, const store* b
           }
         }
       }
-      store_each(next + row * dim + d, was[c]);
-      if (handed) store_each(before + (row + 1) * dim + d, was[c]);
+      save(next + row * dim + d, was[c]);
+      if (handed) save(before + (row + 1) * dim + d, was[c]);
     }
   }
   if (numbers) {
@@ -301,7 +286,7 @@ norm_rows_vjp(const store* o, const store* gate, const store* weight, const stor
 #pragma unroll
     for (int c = 0; c < PACKED; ++c) {
       clear(bar[c]);
-      if (channel(c) < dim) load_each(y_bar + row * dim + channel(c), bar[c]);
+      if (channel(c) < dim) load(y_bar + row * dim + channel(c), bar[c]);
     }
     if (MODE == 0) __syncthreads();  // sums of the row before have been read
     const real scale = normal(o, gate, row, dim, (real)eps, v, room);
@@ -311,7 +296,7 @@ norm_rows_vjp(const store* o, const store* gate, const store* weight, const stor
       clear(inner[c]);
       if (d < dim) {
         real its[EACH];
-        load_each(weight + d, its);
+        load(weight + d, its);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
           inner[c][e] = bar[c][e] * its[e];
@@ -333,16 +318,16 @@ norm_rows_vjp(const store* o, const store* gate, const store* weight, const stor
         for (int e = 0; e < EACH; ++e) inner[c][e] = scale * (inner[c][e] - middle - v[c][e] * along);
         if constexpr (GATED) {
           real open[EACH], own[EACH];
-          load_each(gate + row * dim + d, open);
-          load_each(o + row * dim + d, own);
+          load(gate + row * dim + d, open);
+          load(o + row * dim + d, own);
 #pragma unroll
           for (int e = 0; e < EACH; ++e) {
             own[e] *= inner[c][e];
             inner[c][e] *= open[e];
           }
-          store_each(gate_bar + row * dim + d, own);
+          save(gate_bar + row * dim + d, own);
         }
-        store_each(o_bar + row * dim + d, inner[c]);
+        save(o_bar + row * dim + d, inner[c]);
       }
     }
   }
@@ -350,8 +335,8 @@ norm_rows_vjp(const store* o, const store* gate, const store* weight, const stor
   for (int c = 0; c < PACKED; ++c) {
     const int d = channel(c);
     if (d < dim) {
-      store_each(weight_bar + (i64)blockIdx.x * dim + d, weights[c]);
-      store_each(bias_bar + (i64)blockIdx.x * dim + d, biases[c]);
+      save(weight_bar + (i64)blockIdx.x * dim + d, weights[c]);
+      save(bias_bar + (i64)blockIdx.x * dim + d, biases[c]);
     }
   }
 }

@@ -40,10 +40,5 @@ columns(const store* __restrict__ x, OUT* __restrict__ out, i64 rows, int dim, i
 #pragma unroll
       for (int e = 0; e < EACH; ++e) total[e] += room[e * blockDim.x + threadIdx.x + half * lanes];
   }
-  if (group == 0 && d < dim) {
-    Pack<OUT, EACH> some;
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) some.v[e] = Store<OUT>::narrow(total[e]);
-    *(Pack<OUT, EACH>*)(out + part * dim + d) = some;
-  }
+  if (group == 0 && d < dim) save(out + part * dim + d, total);
 }

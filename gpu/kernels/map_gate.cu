@@ -4,22 +4,11 @@
 // Macros: of maps.cuh, with ACT 2; SAID of `z` and `fed`, OUT of `out` and of the cotangents of z and x.
 #include "maps.cuh"
 
-template <class T> __device__ __forceinline__ void load_as(const T* from, real (&v)[EACH]) {
-  const Pack<T, EACH> some = *(const Pack<T, EACH>*)from;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] = widen(some.v[e]);
-}
-template <class T> __device__ __forceinline__ void save_as(T* to, const real (&v)[EACH]) {
-  Pack<T, EACH> some;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) some.v[e] = Store<T>::narrow(v[e]);
-  *(Pack<T, EACH>*)to = some;
-}
 __device__ __forceinline__ void argument(const SAID* z, const SAID* fed, i64 at, real (&v)[EACH]) {
-  load_as(z + at, v);
+  load(z + at, v);
   if (fed) {
     real more[EACH];
-    load_as(fed + at, more);
+    load(fed + at, more);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) v[e] += more[e];
   }
@@ -35,7 +24,7 @@ gate(const SAID* __restrict__ z, const SAID* __restrict__ fed, const store* __re
   load(y + at, own);
 #pragma unroll
   for (int e = 0; e < EACH; ++e) own[e] *= activate(v[e]);
-  save_as(out + at, own);
+  save(out + at, own);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -53,7 +42,7 @@ gate_vjp(const SAID* __restrict__ z, const SAID* __restrict__ fed, const store* 
     own[e] *= its[e] * open * (1 + v[e] * (1 - open));
     its[e] *= v[e] * open;
   }
-  save_as(z_bar + at, own);
+  save(z_bar + at, own);
   save(y_bar + at, its);
 }
 
@@ -95,7 +84,7 @@ softplus_vjp(const store* __restrict__ y, const store* __restrict__ y_bar, OUT* 
   load(y_bar + at, bar);
 #pragma unroll
   for (int e = 0; e < EACH; ++e) v[e] = -exponential_less_one(-v[e]) * bar[e];
-  save_as(x_bar + at, v);
+  save(x_bar + at, v);
 }
 
 // x, out (size)
@@ -104,5 +93,5 @@ extern "C" __global__ void __launch_bounds__(256) rounded(const store* __restric
   if (at >= size) return;
   real v[EACH];
   load(x + at, v);
-  save_as(out + at, v);
+  save(out + at, v);
 }

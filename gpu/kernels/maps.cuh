@@ -2,25 +2,7 @@
 //
 // Macros: STORE; EACH neighbouring channels of an access; ACT of `activate`: 0 identity, 1 relu, 2 silu, 3 sigmoid.
 #pragma once
-#include "common.cuh"
-
-typedef Pack<store, EACH> access;
-
-__device__ __forceinline__ void load(const store* from, real (&v)[EACH]) {
-  const access some = *(const access*)from;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] = widen(some.v[e]);
-}
-__device__ __forceinline__ void save(store* to, const real (&v)[EACH]) {
-  access some;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) some.v[e] = narrow(v[e]);
-  *(access*)to = some;
-}
-__device__ __forceinline__ void clear(real (&v)[EACH]) {
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] = 0;
-}
+#include "packs.cuh"
 
 // The larger; a NaN is larger than anything.
 __device__ __forceinline__ real most(real a, real b) { return a != a || a >= b ? a : b; }
