@@ -160,6 +160,15 @@ def assert_close(actual: Any, desired: Any, rtol: float) -> None:
     np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * scale + 1e-300)
 
 
+def error(found: Any, wanted: Any) -> float:
+    """Largest error against the largest entry; infinite where something is not finite."""
+    found, wanted = np.asarray(found).astype(np.longdouble), np.asarray(wanted).astype(np.longdouble)
+    assert found.shape == wanted.shape
+    if not np.isfinite(found).all():
+        return np.inf
+    return float(np.abs(found - wanted).max(initial=0) / max(np.abs(wanted).max(initial=0), 1e-300))
+
+
 def dense_system(p: Problem) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(F) as one linear system ``M h = b`` for each sequence: ``M (B, TD, TD)``, ``b (B, TD)``."""
     batch, steps, dim = p.x.shape

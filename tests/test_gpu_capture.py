@@ -1,5 +1,6 @@
 """Work that is recorded and launched as one: on a device only, which the stand-in has no graphs of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,31 @@ from fpnumba.solve import Adjoint, Solver
 pytestmark = pytest.mark.gpu
 
 QUIET: dict[str, Any] = {"rtol": 1e-5, "on_failure": "ignore"}
+
+
+def at_work(layer: nn.FPMamba, rng: Any, record: list[Any] | None = None) -> tuple[Any, Callable[[], Any]]:
+    """Its input, and what takes its value and gradients there, with the latest solve's record."""
+    import cupy
+
+    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
+    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
+
+    def both() -> Any:
+        if record is not None:
+            record.clear()
+        y, pullback = layer.vjp(params, x, record=record)
+        return y, *pullback(y)
+
+    return x, both
+
+
+def agree(found: Any, wanted: Any, atol: float) -> None:
+    """Values, gradients of the input and those of the parameters, each with what may add up."""
+    (y, grads, x_bar), (mine, own, back) = wanted, found
+    np.testing.assert_allclose(mine.get(), y.get(), rtol=0, atol=atol)
+    np.testing.assert_allclose(back.get(), x_bar.get(), rtol=0, atol=10 * atol)
+    for name, value in grads.items():
+        np.testing.assert_allclose(own[name].get(), value.get(), rtol=0, atol=100 * atol, err_msg=name)
 
 
 def test_again_with_other_numbers() -> None:
@@ -30,25 +56,16 @@ def test_a_layer(gradient: str, precision: str, rng: Any) -> None:
 
     adjoint = Adjoint("one-step") if gradient == "one-step" else Adjoint(**QUIET)
     layer = nn.FPMamba(12, d_state=8, short_conv=3, solver=Solver(**QUIET), adjoint=adjoint)
-    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
-    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
     record: list[Any] = []
-
-    def both() -> Any:
-        record.clear()
-        y, pullback = layer.vjp(params, x, record=record)
-        return y, *pullback(y)
+    x, both = at_work(layer, rng, record)
 
     with gpu.use_precision(precision):
         again = gpu.capture(both)
         x[...] = cupy.asarray(rng.standard_normal(x.shape).astype(np.float32))
         found, told = again(), record[0]
         assert told.converged.shape == (5,)
-        y, grads, x_bar = both()
-    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=1e-4)
-    for name, value in grads.items():
-        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
+        wanted = both()
+    agree(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("d_inner", [24, 256])
@@ -59,21 +76,13 @@ def test_a_layer_with_a_kronecker_mixer(d_inner: int, rng: Any) -> None:
     layer = nn.FPMamba(
         12, d_inner=d_inner, d_state=8, mixer="kronecker", alpha_max=0.8, solver=told[0], adjoint=told[1]
     )
-    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
-    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
-
-    def both() -> Any:
-        y, pullback = layer.vjp(params, x)
-        return y, *pullback(y)
+    x, both = at_work(layer, rng)
 
     again = gpu.capture(both)
     x[...] = cupy.asarray(rng.standard_normal(x.shape).astype(np.float32))
     found = again()
-    y, grads, x_bar = both()
-    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=1e-4)
-    for name, value in grads.items():
-        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=1e-3, err_msg=name)
+    wanted = both()
+    agree(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("mixer", ["householder", "kronecker"])
@@ -100,14 +109,8 @@ def test_the_parallel_way(
         adjoint=Adjoint("one-step") if gradient == "one-step" else exact,
         train_mode=True,
     )
-    params = {name: cupy.asarray(value) for name, value in layer.init(rng).items()}
-    x = cupy.asarray(rng.standard_normal((5, 7, 12)).astype(np.float32))
     record: list[Any] = []
-
-    def both() -> Any:
-        record.clear()
-        y, pullback = layer.vjp(params, x, record=record)
-        return y, *pullback(y)
+    x, both = at_work(layer, rng, record)
 
     with gpu.use_precision(precision):
         with pytest.raises(gpu.NotRecorded, match="same_iterations"):
@@ -117,16 +120,13 @@ def test_the_parallel_way(
         found = again()
         nothing = gpu.capture(both, same_iterations=True)
         (lost,) = record
-        y, grads, x_bar = both()
+        wanted = both()
     assert list(told.iterations) == list(record[0].iterations)
     assert list(told.status) == list(record[0].status)
     np.testing.assert_allclose(told.residual, record[0].residual, rtol=1e-4)
     # the products of a recording may add up in another order, and eight bits be rounded to others then
     eps = 1e-6 if precision == "float32" else 1e-4
-    np.testing.assert_allclose(found[0].get(), y.get(), rtol=0, atol=eps)
-    np.testing.assert_allclose(found[2].get(), x_bar.get(), rtol=0, atol=10 * eps)
-    for name, value in grads.items():
-        np.testing.assert_allclose(found[1][name].get(), value.get(), rtol=0, atol=100 * eps, err_msg=name)
+    agree(found, wanted, eps)
     x[...] = cupy.nan
     nothing()
     assert not lost.converged.any()

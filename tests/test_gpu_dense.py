@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import strategies
+from hall import error
 from strategies import Problem
 
 from fpnumba.cpu import solve as cpu
@@ -43,13 +44,6 @@ def on_cpu(p: Problem, adjoint: bool, chunk: int, guess: Any = None, **options: 
     if adjoint:
         return cpu.solve_adjoint(*p.system, p.hbar, guess, **options)
     return cpu.solve(*p.system, p.x, p.initial, guess, **options)
-
-
-def error(found: Any, exact: Any) -> float:
-    """Largest error against the largest entry."""
-    found, exact = np.asarray(found).astype(np.float64), np.asarray(exact)
-    assert found.shape == exact.shape
-    return float(np.abs(found - exact).max(initial=0)) / max(float(np.abs(exact).max(initial=0)), 1e-300)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_machine import GpuRoom as Room
+from hall import error
 
 from fpnumba.gpu import _device
 from fpnumba.gpu._mamba import Arguments
@@ -142,15 +143,6 @@ def found_by(room: Room, p: Problem, dtype: Any, said: Any) -> dict[str, Any]:
         found[f"{name}_bar"] = told[:, at : at + a[name].shape[-1]].reshape(a[name].shape)
     assert found["mixed"].dtype == found["x_bar"].dtype == dtype
     return found
-
-
-def error(found: Any, wanted: Any) -> float:
-    """Largest error against the largest entry; infinite where something is not finite."""
-    found = np.asarray(found).astype(np.float64)
-    assert found.shape == wanted.shape
-    if not np.isfinite(found).all():
-        return np.inf
-    return float(np.abs(found - wanted).max(initial=0) / max(np.abs(wanted).max(initial=0), 1e-300))
 
 
 def rough(p: Problem, rng: Any) -> dict[str, float]:

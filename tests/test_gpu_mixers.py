@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import strategies
+from hall import error
 from strategies import LOW_RANK, Problem
 
 from fpnumba.gpu import _device, _mix, mixers
@@ -36,14 +37,6 @@ def draw(kind: str, dim: int, rank: int, dtype: str, *, batch: int = 2, steps: i
 def given(room: Any, p: Problem) -> tuple[Any, Any, Any]:
     """Parameters, ``x`` and a cotangent, where the room has its arrays."""
     return tuple(room.give(a) for a in p.params), room.give(p.x), room.give(p.hbar)
-
-
-def error(found: Any, exact: Any) -> float:
-    """Largest error against the largest entry."""
-    found, exact = np.asarray(found).astype(np.longdouble), np.asarray(exact)
-    assert found.shape == exact.shape
-    scale = max(float(np.abs(exact).max(initial=0)), 1e-300)
-    return float(np.abs(found - exact).max(initial=0)) / scale
 
 
 def check(room: Any, p: Problem, dtype: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hall import error
 from strategies import Selective, selective
 
 from fpnumba.gpu import _device, scan, use_engine
@@ -33,15 +34,6 @@ def carried(room: Any, p: Selective) -> Selective:
 def both(door: Any, p: Selective) -> list[Any]:
     """Value and cotangents."""
     return [*door.selective_scan(*p.primals), *door.selective_scan_vjp(*p)]
-
-
-def error(found: Any, wanted: Any) -> float:
-    """Largest error against the largest entry; infinite where something is not finite."""
-    found = np.asarray(found).astype(wanted.dtype)
-    assert found.shape == wanted.shape
-    if not np.isfinite(found).all():
-        return np.inf
-    return float(np.abs(found - wanted).max(initial=0) / max(np.abs(wanted).max(initial=0), 1e-300))
 
 
 def remembered(p: Selective) -> float:

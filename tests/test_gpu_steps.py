@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hall import error
 
 from fpnumba.gpu import _device, _shapes, _steps, scan, solve
 from fpnumba.reference import scan as true_scan
@@ -54,15 +55,6 @@ def truth(kind: str, p: dict[str, Any]) -> tuple[Any, Any]:
     h = true.solve(kind, params, p["lam"], p["gate"], p["x"], p["initial"], None, method="direct")
     s = true.solve_adjoint(kind, params, p["lam"], p["gate"], p["hbar"], None, method="direct")
     return h.value, s.value
-
-
-def error(found: Any, wanted: Any) -> float:
-    """Largest error against the largest entry; infinite where something is not finite."""
-    found, wanted = np.asarray(found).astype(np.float64), np.asarray(wanted).astype(np.float64)
-    assert found.shape == wanted.shape
-    if not np.isfinite(found).all():
-        return np.inf
-    return float(np.abs(found - wanted).max(initial=0) / max(np.abs(wanted).max(initial=0), 1e-300))
 
 
 def flat(bars: Any) -> list[Any]:
