@@ -56,9 +56,9 @@ class _Bench:
         """The machine-readable record of what was `found`."""
         import numba
 
-        about = {"threads": numba.get_num_threads(), **found}
         return {
-            **about,
+            "threads": numba.get_num_threads(),
+            **found,
             "copy_bytes_per_second": self._copies,
             "rows": [row.as_dict() for row in self._rows],
         }

@@ -142,15 +142,11 @@ def _repeated(
     for _ in range(count):
         h, told = _advanced(kernels, step, h, pace, published)
         lowest = told[:, 0] if lowest is None else xp.minimum(lowest, told[:, 0])
-    moved, size = told[:, 0].astype(np.float64), told[:, 1].astype(np.float64)
-    if published:
-        met, residual = moved < solver.rtol if lowest is None else lowest < solver.rtol, moved
-    else:
-        floor = 4 * float(np.finfo(h.dtype).eps) * size
-        met = moved <= xp.maximum(solver.atol + solver.rtol * size, floor)
-        residual = moved / xp.maximum(size, float(np.finfo(h.dtype).tiny))
+    residual, met = _judged(told.T, h, solver)
+    if published and lowest is not None:
+        met = lowest < solver.rtol
     status = xp.where(met, int(Status.CONVERGED), int(Status.MAX_ITER))
-    status = xp.where(xp.isfinite(moved), status, int(Status.DIVERGED)).astype(np.int8)
+    status = xp.where(xp.isfinite(told[:, 0]), status, int(Status.DIVERGED)).astype(np.int8)
     iterations = xp.full(len(h), count, np.int64)
     solved = Solved(h, iterations, residual, status, iterations[:, None].copy())
     return solved, np.zeros((0, len(h)))
@@ -185,13 +181,14 @@ def _measured(h: Float, new: Float, change: Float, solver: Solver) -> NDArray[An
 def _judged(
     measures: NDArray[Any], h: Float, solver: Solver
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Residual of each sequence, and whether it meets the tolerance; section 7."""
+    """Residual of each sequence, and whether it meets the tolerance; section 7. Where the measures lie."""
+    xp = namespace(measures)
     moved, size = measures[0].astype(np.float64), measures[-1].astype(np.float64)
     if solver.criterion == "published":
         return moved, moved < solver.rtol
     floor = 4 * float(np.finfo(h.dtype).eps) * size
-    met = moved <= np.maximum(solver.atol + solver.rtol * size, floor)
-    return moved / np.maximum(size, float(np.finfo(h.dtype).tiny)), met
+    met = moved <= xp.maximum(solver.atol + solver.rtol * size, floor)
+    return moved / xp.maximum(size, float(np.finfo(h.dtype).tiny)), met
 
 
 def _batch_done(

@@ -51,10 +51,8 @@ def advance(h: Array, new: Array, damping: Array, published: bool) -> tuple[Arra
 def most(numbers: Array, batch: int) -> Array:
     """The largest of both numbers over the steps of a sequence: ``(B T, 2)`` to ``(B, 2)``."""
     measures, steps = _shapes.empty_like(numbers, batch, 2), len(numbers) // max(batch, 1)
-    kernel, shared = (
-        _kernel("advance_most", _shapes.name(numbers.dtype), 1),
-        2 * ROWS * numbers.dtype.itemsize,
-    )
+    kernel = _kernel("advance_most", _shapes.name(numbers.dtype), 1)
+    shared = 2 * ROWS * numbers.dtype.itemsize
     _device.launch(kernel, batch, THREADS, (numbers, measures, np.int64(steps)), shared=shared)
     return measures
 

@@ -509,14 +509,7 @@ def later_states(s: System, u: Array, first: int, last: int, state: Array) -> Ar
             state = after[t - first] = scan.selective_scan(now, delta, s.A, B, C, None, state)[1]
     elif count:
         u, A, B, before = _shapes.aligned(u, s.A, s.B, state)
-        sizes = (
-            np.int64(batch),
-            np.int64(steps),
-            np.int64(first),
-            np.int64(count),
-            np.int32(dim),
-            np.int32(size),
-        )
+        sizes = *(np.int64(n) for n in (batch, steps, first, count)), np.int32(dim), np.int32(size)
         arguments = (u, s.delta, A, B, before, after, *sizes, _heads(s))
         blocks = batch * -(-dim // of.group)
         _device.launch(of.kernel("mamba_states"), blocks, STATE_THREADS, arguments)

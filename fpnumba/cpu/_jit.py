@@ -89,15 +89,19 @@ class _CacheFile(caching.IndexDataCacheFile):
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "_nrt": False}
 
 
-def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    dispatcher = njit(cache=True, **options)(function)
+def stamped(dispatcher: Any, *digests: str) -> Any:
+    """What Numba keeps on disk, keyed on these digests of sources too, one process at a time."""
     stored = dispatcher._cache
     stored._cache_file = _CacheFile(
         cache_path=stored._cache_path,
         filename_base=stored._impl.filename_base,
-        source_stamp=(stored._impl.locator.get_source_stamp(), room_hash()),
+        source_stamp=(stored._impl.locator.get_source_stamp(), *digests),
     )
     return dispatcher
+
+
+def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return stamped(njit(cache=True, **options)(function), room_hash())
 
 
 def kernel(function: Callable[..., Any]) -> Any:

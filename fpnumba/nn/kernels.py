@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from fpnumba.cpu._jit import FASTMATH, _CacheFile
+from fpnumba.cpu._jit import FASTMATH, stamped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,13 +44,7 @@ def compiled(function: F) -> F:
     """Compile when first called, keep the result on disk, hold no lock; the type checker sees the plain
     function."""
     dispatcher: Any = numba.njit(cache=True, nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
-    stored = dispatcher._cache
-    stored._cache_file = _CacheFile(
-        cache_path=stored._cache_path,
-        filename_base=stored._impl.filename_base,
-        source_stamp=(stored._impl.locator.get_source_stamp(), sources_hash()),
-    )
-    return cast(F, dispatcher)
+    return cast(F, stamped(dispatcher, sources_hash()))
 
 
 def exponential(x: Any) -> Any:

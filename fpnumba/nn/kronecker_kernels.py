@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fpnumba.cpu._jit import _CacheFile, entry, room_hash
+from fpnumba.cpu._jit import entry, room_hash, stamped
 from fpnumba.cpu._kinds import Kronecker
 from fpnumba.cpu._mamba import known_states, pull_step, solve_steps
 from fpnumba.cpu._mamba_fused import softplus, unit, unit_vjp
@@ -29,14 +29,7 @@ DIVERGED, NONFINITE_INPUT = int(Status.DIVERGED), int(Status.NONFINITE_INPUT)
 
 def fused(function: Callable[..., Any]) -> Any:
     """As :func:`fpnumba.cpu._jit.entry`, for what calls kernels of that folder and of this one."""
-    dispatcher = entry(function)
-    stored = dispatcher._cache
-    stored._cache_file = _CacheFile(
-        cache_path=stored._cache_path,
-        filename_base=stored._impl.filename_base,
-        source_stamp=(stored._impl.locator.get_source_stamp(), room_hash(), sources_hash()),
-    )
-    return dispatcher
+    return stamped(entry(function), room_hash(), sources_hash())
 
 
 def panel_width(itemsize: int) -> int:
@@ -90,6 +83,14 @@ def seen(base: Any, fed: Any, at: int, argument: Any) -> None:
     """``argument = base + fed[at:]``, or for a negative ``at`` the base."""
     for j in range(base.size):
         argument[j] = base[j] + fed[at + j] if at >= 0 else base[j]
+
+
+@fused
+def handed(bar: Any, at: int, row: Any) -> None:
+    """``row[at:] = bar``, the adjoint of :func:`seen`; for a negative ``at`` nothing."""
+    if at >= 0:
+        for j in range(bar.size):
+            row[at + j] = bar[j]
 
 
 @fused
@@ -331,21 +332,10 @@ def backward(
                 step_sizes_vjp(
                     delta[i, t], delta_bar[i, t], step_weight, raw_bar[i, t], row[row.size - rank :], wanted
                 )
-                if at_mixer >= 0:
-                    of = a_bar[i, t]
-                    for j in range(of.size):
-                        row[at_mixer + j] = of[j]
-                if at_b >= 0:
-                    of = b_bar[i, t]
-                    for j in range(of.size):
-                        row[at_b + j] = of[j]
-                if at_c >= 0:
-                    of = c_bar[i, t]
-                    for j in range(of.size):
-                        row[at_c + j] = of[j]
-                of = given[i - first]
-                for j in range(row.size):
-                    of[j] = row[j]
+                handed(a_bar[i, t], at_mixer, row)
+                handed(b_bar[i, t], at_b, row)
+                handed(c_bar[i, t], at_c, row)
+                handed(row, 0, given[i - first])
             if packed.shape[0] and t:
                 multiply(given, packed, piece, more)
                 for i in range(first, last):

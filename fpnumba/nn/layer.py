@@ -166,14 +166,10 @@ class FixedPointLayer(ABC):
         if isinstance(self.map, FixedMap):
             return zeros((*x.shape[:2], 0), x)
         flat_x, width = rows(x if seen is None else seen), self.d_inner
-        if backend.on_host(x):
-            base = product(flat_x, weights.first[:, :width], transposed=(False, True))
-            weights.add_bias(base)
-        else:
-            first = backend.operand(weights.first)[:, :width]
-            base = backend.empty((len(flat_x), len(first)), flat_x if said else x)
-            product(flat_x, first, transposed=(False, True), out=base)
-            weights.add_bias(base)
+        first = backend.operand(weights.first)[:, :width]
+        base = backend.empty((len(flat_x), len(first)), flat_x if said else x)
+        product(flat_x, first, transposed=(False, True), out=base)
+        weights.add_bias(base)
         return base.reshape(*x.shape[:2], base.shape[1])
 
     def _mixer_arguments_vjp(

@@ -52,14 +52,17 @@ def serves(cell: MatrixCell) -> bool:
 
 def before(cell: MatrixCell, y: Array) -> Array:
     """``y_{t-1}`` for every ``t``, as products take it; of the last two that were asked about it is known."""
-    known = cell.ready.setdefault("before", [])
-    for of, found in known:
+    for of, found in cell.ready.get("before", ()):
         if of is y:
             return found  # type: ignore[no-any-return]
     joined = backend.joined([cell.initial[0][:, None], y[:, :-1]], axis=1)[:, : y.shape[1]]
-    made = backend.operand(joined)
-    known[:] = [*known[-1:], (y, made)]
-    return made
+    return _remembered(cell, y, backend.operand(joined))
+
+
+def _remembered(cell: MatrixCell, y: Array, before: Array) -> Array:
+    """What :func:`before` knows from now on."""
+    cell.ready["before"] = [*cell.ready.get("before", ())[-1:], (y, before)]
+    return before
 
 
 def _system(cell: MatrixCell, *, empty: bool = False) -> System:
@@ -148,14 +151,18 @@ def advance(cell: MatrixCell, y: Array, pace: Array, published: bool, *, first: 
         handed[:, 0] = cell.initial[0]
     new, told = applied.advance(None if first else y, pace, published, handed)
     if handed is not None:
-        cell.ready["before"] = [*cell.ready.get("before", [])[-1:], (new, handed)]
+        _remembered(cell, new, handed)
     return new, told
 
 
 def transposed(cell: MatrixCell, y: Array, new_bar: Array) -> Array:
     """As ``MatrixCell.transposed``."""
     pulled, fed_bar = application(cell, y).pull(backend.contiguous(new_bar), through=True)
-    y_bar: Array = pulled.y
+    return _through(cell, pulled.y, fed_bar)
+
+
+def _through(cell: MatrixCell, y_bar: Array, fed_bar: Array | None) -> Array:
+    """The cotangent of the iterate, with what comes to it through the parameters of the steps after."""
     if fed_bar is not None and cell.stacked is not None:
         backend.add_to_past(y_bar, fed_bar, cell.stacked)
     return y_bar
@@ -170,11 +177,8 @@ def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Arra
     argument = cell.base["lambda"] if applied.argument is None else applied.argument
     found["lambda"] = bars.pull_steps(pulled.delta, applied.delta, argument)
     bars.base = {name: backend.plus(bars.base.get(name), bar) for name, bar in found.items()}
-    bars.v, bars.A, bars.skip = (
-        backend.plus(bars.v, pulled.x),
-        backend.plus(bars.A, pulled.A),
-        backend.plus(bars.skip, pulled.skip),
-    )
+    bars.v, bars.A = backend.plus(bars.v, pulled.x), backend.plus(bars.A, pulled.A)
+    bars.skip = backend.plus(bars.skip, pulled.skip)
     bars.norm_weight = backend.plus(bars.norm_weight, pulled.weight)
     if pulled.gate is not None:
         bars.gate = backend.plus(bars.gate, pulled.gate)
@@ -183,12 +187,7 @@ def absorb(bars: MatrixBars, y: Array, new_bar: Array, *, through: bool) -> Arra
     if fed_bar is not None:
         own = backend.product(fed_bar, rows(before(cell, y)), transposed=(True, False))
         bars.stacked = backend.plus(bars.stacked, own)
-    if not through:
-        return None
-    y_bar: Array = pulled.y
-    if fed_bar is not None and cell.stacked is not None:
-        backend.add_to_past(y_bar, fed_bar, cell.stacked)
-    return y_bar
+    return _through(cell, pulled.y, fed_bar) if through else None
 
 
 def solve(cell: MatrixCell, options: dict[str, Any], *, keep: bool) -> tuple[Solve, tuple[Array, Array]]:

@@ -61,8 +61,8 @@ class Steps:
 
     def pull(self, delta: Array, delta_bar: Array) -> tuple[Array, Array]:
         """Cotangents of what softplus sees, as products take it, and of the argument."""
-        plain = self.weight is None
-        raw_bar: Array = backend.kernels(delta).softplus_vjp(delta, delta_bar, operand=not plain)
+        further = self.weight is not None
+        raw_bar: Array = backend.kernels(delta).softplus_vjp(delta, delta_bar, operand=further)
         if self.weight is None:
             return raw_bar, raw_bar
         bar = product(rows(raw_bar), self.weight)
@@ -277,11 +277,11 @@ class MatrixCell:
             return None
         return matrix_device.advance(self, y, pace, published, first=first)
 
-    def transposed(self, h: Array, bar: Array) -> Array | None:
+    def transposed(self, made: MatrixMade | None, h: Array, bar: Array) -> Array | None:
         """The cotangent of ``h`` of one application at ``h``."""
         if matrix_device.serves(self):
             return matrix_device.transposed(self, h, bar)
-        return self.bars().application(None, h, h, bar, through=True)
+        return self.bars().application(made, h, h, bar, through=True)
 
     def bars(self) -> MatrixBars:
         """Cotangents of all of this, none of anything yet."""

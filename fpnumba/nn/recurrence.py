@@ -89,9 +89,9 @@ class Cell:
         """A step is linear given its past, so its fixed point is the only one."""
         return None
 
-    def transposed(self, h: Array, bar: Array) -> Array | None:
+    def transposed(self, made: Made | None, h: Array, bar: Array) -> Array | None:
         """The cotangent of ``h`` of one application at ``h``."""
-        return self.bars().application(None, h, h, bar, through=True)
+        return self.bars().application(made, h, h, bar, through=True)
 
     def bars(self) -> Bars:
         """Cotangents of all of this, none of anything yet."""
@@ -251,8 +251,9 @@ class Recurrence(Protocol[B]):
         one. `first` says that `h` is zero."""
         ...
 
-    def transposed(self, h: Array, bar: Array) -> Array | None:
-        """The cotangent of ``h`` of one application at ``h``."""
+    def transposed(self, made: Any, h: Array, bar: Array) -> Array | None:
+        """The cotangent of ``h`` of one application at ``h``, and of nothing else; `made` as of
+        :meth:`Differentiable.application`."""
         ...
 
     def bars(self) -> B:

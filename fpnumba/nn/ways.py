@@ -297,8 +297,6 @@ LOOK, ROW_OF_LOOK = 3e-3, 200e-9
 # Iterations of all steps after which is judged how many it will take; they are risked where so many times as many would
 # still be cheaper. And after how many more it is judged again.
 PROBE, WORTH, STAGE = 3, 8, 6
-
-
 # What the exact gradient costs beside that, one way and the other.
 BACK_STEP, BACK_ITERATION = 2.5, 2.5
 
@@ -363,7 +361,7 @@ def pull_together(cell: Recurrence[B], h: Array, hbar: Array, adjoint: Adjoint) 
         return None
 
     def step(z: Array) -> Array:
-        back = cell.transposed(h, z)
+        back = cell.transposed(None, h, z)
         return hbar if back is None else hbar + back
 
     def finite(b: int) -> bool:
@@ -406,11 +404,7 @@ def pull_neumann(cell: Recurrence[B], h: Array, hbar: Array, terms: int) -> B:
     z = term = hbar
     made = cell.mix(h) if backend.on_host(h) else None
     for _ in range(terms):
-        back = (
-            cell.transposed(h, term)
-            if made is None
-            else cell.bars().application(made, h, h, term, through=True)
-        )
+        back = cell.transposed(made, h, term)
         if back is not None:
             term = back
             z = z + term
