@@ -75,9 +75,7 @@ def main() -> int:
         "--backend", choices=["cpu", "gpu"], default="cpu", help="room to measure (default: cpu)"
     )
     parser.add_argument("--quick", action="store_true", help="smaller shapes: a minute, not for quoting")
-    parser.add_argument(
-        "--layers", action="store_true", help="layers, and on a GPU training, and nothing else"
-    )
+    parser.add_argument("--layers", action="store_true", help="only layers, and on a GPU also training")
     parser.add_argument("--no-peers", action="store_true", help="leave out JAX and torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole record there as well")
     options = parser.parse_args()

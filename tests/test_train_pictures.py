@@ -220,3 +220,23 @@ def test_a_run_may_be_called_iterations(
         (tmp_path / "iterations" / name).write_bytes((runs[0] / name).read_bytes())
     assert call("plot", "iterations") == 0
     assert (tmp_path / "iterations" / "accuracy.png").is_file()
+
+
+def test_counts_of_curves_that_lie_together_share_a_label() -> None:
+    from matplotlib.figure import Figure
+
+    from fpnumba.train.pictures import draw_accuracy
+
+    def network(kind: str, name: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
+        results = [
+            {"length": n, "accuracy": a, "parallel": {}} for n, a in zip((4, 16), accuracies, strict=True)
+        ]
+        return {"kind": kind, "name": name, "results": results, **more}
+
+    cuts = {2: [0.50, 0.14], 4: [0.55, 0.15], 8: [0.80, 0.25]}
+    networks = [network("network", "fixed point", [1.0, 0.99])]
+    networks += [network("cut", f"cut to {n} iterations", a, iterations=n) for n, a in cuts.items()]
+    figure = Figure(layout="constrained")
+    draw_accuracy(figure, {"task": "a5", "classes": 60, "trained_length": 16, "networks": networks})
+    labels = {text.get_text(): text.xy for text in figure.axes[0].texts}
+    assert labels == {"2, 4": (16, 0.15), "8": (16, 0.25)}

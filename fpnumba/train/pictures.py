@@ -94,17 +94,23 @@ def _draw_iterations(axes: Any, lengths: list[int], counted: list[dict[str, Any]
 
 
 def _cuts(axes: Any, cuts: list[dict[str, Any]], trained: int) -> None:
-    """The trained network with its iteration cut short: thin lines, each with its count on it."""
+    """The trained network with its iteration cut short: thin lines, each with its count on it, or with those of all
+    that lie too close for their own."""
+    named: list[tuple[tuple[int, float], list[str]]] = []
     for k, cut in enumerate(cuts):
         results = cut["results"]
         lengths, accuracies = [r["length"] for r in results], [r["accuracy"] for r in results]
-        counts = ", ".join(str(one["iterations"]) for one in cuts)
-        label = f"the fixed-point RNN cut to {counts} iterations" if k == 0 else None
+        told = ", ".join(str(one["iterations"]) for one in cuts)
+        label = f"the fixed-point RNN cut to {told} iterations" if k == 0 else None
         axes.plot(lengths, accuracies, color=CUT, linewidth=1.4, zorder=2, label=label)
         at = min(range(len(lengths)), key=lambda i: abs(lengths[i] - trained))
+        place = lengths[at], accuracies[at]
+        together = named.pop()[1] if named and abs(place[1] - named[-1][0][1]) < 0.05 else []
+        named.append((place, [*together, str(cut["iterations"])]))
+    for place, counts in named:
         axes.annotate(
-            str(cut["iterations"]),
-            (lengths[at], accuracies[at]),
+            ", ".join(counts),
+            place,
             (3, 2),
             textcoords="offset points",
             va="bottom",
